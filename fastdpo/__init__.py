@@ -1,0 +1,51 @@
+"""fastdpo: preference training (DPO and its relatives), fast and exact.
+
+Importing fastdpo imports neither triton nor transformers; they come with the first name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "token_logps": "fastdpo.functional",
+    "linear_token_logps": "fastdpo.functional",
+    "loss": "fastdpo.functional",
+    "linear_loss": "fastdpo.functional",
+    "preference_loss": "fastdpo.functional",
+    "LossOutput": "fastdpo.types",
+    "IGNORE_INDEX": "fastdpo.types",
+    "sequence_logps": "fastdpo.models",
+    "PreferenceBatch": "fastdpo.packing",
+    "PreferenceCollator": "fastdpo.packing",
+    "ReferenceCache": "fastdpo.reference",
+    "precompute": "fastdpo.reference",
+    "DPOConfig": "fastdpo.trainer",
+    "DPOTrainer": "fastdpo.trainer",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastdpo' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
+
+if TYPE_CHECKING:
+    from fastdpo.functional import linear_loss, linear_token_logps, loss, preference_loss, token_logps
+    from fastdpo.models import sequence_logps
+    from fastdpo.packing import PreferenceBatch, PreferenceCollator
+    from fastdpo.reference import ReferenceCache, precompute
+    from fastdpo.trainer import DPOConfig, DPOTrainer
+    from fastdpo.types import IGNORE_INDEX, LossOutput

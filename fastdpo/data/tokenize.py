@@ -1,0 +1,66 @@
+"""Rows of text or messages into token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastdpo.data.validate import common_prefix_length, is_chat, is_tokenized
+from fastdpo.types import UserError
+
+
+def tokenize_row(row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
+    """{"prompt_ids", "chosen_ids", "rejected_ids"} of one row.
+
+    Messages are rendered by the tokenizer's chat template: the prompt with the generation prompt, and the whole
+    conversation with each answer. Plain text is tokenized as prompt and as prompt + answer, the answer ended by the
+    end-of-sequence token. The completion begins where prompt and whole part ways: a template may render the prompt
+    differently alone (with an empty thinking block, say) than in context, and tokens may merge across the border.
+    """
+    if is_tokenized(row):
+        return {name: list(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    prompt, chosen, rejected = _parts(row)
+    if is_chat(prompt):
+        options = _template_options(row)
+        prompt_ids = _render(tokenizer, prompt, add_generation_prompt=True, **options)
+        whole = [_render(tokenizer, prompt + answer, **options) for answer in (chosen, rejected)]
+    else:
+        end = tokenizer.eos_token or ""
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not prompt.endswith(end):
+            prompt_ids = prompt_ids[:-1]  # a tokenizer that ends every text would end the prompt, too
+        whole = []
+        for answer in (chosen, rejected):
+            ids = tokenizer(prompt + (answer if end and answer.endswith(end) else answer + end))["input_ids"]
+            if len(ids) > 1 and ids[-1] == ids[-2] == tokenizer.eos_token_id:
+                ids = ids[:-1]
+            whole.append(ids)
+    shared = min(common_prefix_length(prompt_ids, ids) for ids in whole)
+    return {"prompt_ids": prompt_ids[:shared], "chosen_ids": whole[0][shared:], "rejected_ids": whole[1][shared:]}
+
+
+def _parts(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Prompt, chosen, rejected; a missing prompt is what both answers begin with."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if row.get("prompt") is not None:
+        return row["prompt"], chosen, rejected
+    shared = common_prefix_length(chosen, rejected)
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+
+
+def _render(tokenizer: Any, messages: list[Mapping[str, Any]], **options: Any) -> list[int]:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the data holds chat messages, but the tokenizer has no chat template; "
+            "use the tokenizer of a chat model, set tokenizer.chat_template, or write the rows as plain text."
+        )
+    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    return list(rendered["input_ids"])

@@ -1,0 +1,98 @@
+"""Which implementation serves a tensor, and the checks that every operation makes of its arguments."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "triton", "eager")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+@dataclass(frozen=True)
+class LogitOptions:
+    """z = softcap * tanh(logit_scale * x / softcap) / temperature, and the label that stands for "no target"."""
+
+    ignore_index: int
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be a number above 0.")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap is {self.softcap}; it must be a number above 0, or None for no cap.")
+
+    def kwargs(self) -> dict[str, Any]:
+        return {
+            "ignore_index": self.ignore_index,
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+        }
+
+
+@lru_cache(None)
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def row_kernels(impl: str, tensor: Tensor) -> Any:
+    """The module whose `token_logprobs_fwd` and `token_logprobs_bwd` work on `tensor`.
+
+    "auto" is Triton on a GPU, except for float64, and eager PyTorch elsewhere.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
+    on_gpu = tensor.device.type == "cuda"
+    if impl == "auto":
+        impl = "triton" if on_gpu and has_triton() and tensor.dtype != torch.float64 else "eager"
+    if impl == "eager":
+        from fastdpo_kernels import eager
+
+        return eager
+    if tensor.dtype == torch.float64:
+        raise ValueError("impl='triton' works in float32 and does not take float64 tensors; use impl='eager' for them.")
+    if not has_triton():
+        raise ValueError("impl='triton' needs the package triton (pip install triton); impl='eager' works without it.")
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"impl='triton' needs a GPU, but the tensor is on {tensor.device}; use impl='auto' or impl='eager', "
+            "or set TRITON_INTERPRET=1 before the first call to run the kernels in Triton's interpreter."
+        )
+    from fastdpo_kernels import token_logprobs
+
+    return token_logprobs
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} is {got}; it must be a floating-point tensor (bfloat16, float16, float32, float64).")
+
+
+def check_labels(labels: Tensor, shape: torch.Size | tuple[int, ...], like: Tensor, like_name: str) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels is {got}; it must be a tensor of integers (int64).")
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, but {like_name} of shape {tuple(like.shape)} "
+            f"needs labels of shape {tuple(shape)}."
+        )
+    check_device("labels", labels, like, like_name)
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and {like_name} on {like.device}; move {name} with .to({like_name}.device)."
+        )

@@ -1,0 +1,7 @@
+"""Sequences into rows without padding, each prompt once; and the collator that makes batches of them."""
+
+from fastdpo.packing.batch import PreferenceBatch
+from fastdpo.packing.collator import PACKINGS, PreferenceCollator
+from fastdpo.packing.layout import Group, PackedLayout, PackedRow, pack
+
+__all__ = ["PACKINGS", "Group", "PackedLayout", "PackedRow", "PreferenceBatch", "PreferenceCollator", "pack"]

@@ -1,0 +1,134 @@
+"""Tokenized rows into a PreferenceBatch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastdpo.packing.batch import PreferenceBatch
+from fastdpo.packing.layout import Group, pack
+
+PACKINGS = ("prefix", "varlen", "padded")
+TRUNCATION_MODES = ("keep_start", "keep_end")
+Sequence_ = tuple[Sequence[int], Sequence[int]]  # (prompt, completion)
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Rows with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of token ids) into a batch.
+
+    packing          "prefix": one row, each pair's prompt once. "varlen": one row, prompts repeated. "padded": a
+                     rectangle, as other libraries run it.
+    max_length       longest prompt + completion in tokens; None keeps everything
+    truncation_mode  "keep_start" or "keep_end": which end of a longer sequence stays
+    pad_token_id     for "padded"; never reaches a result
+    pad_to_multiple_of  for "padded"
+
+    Rows that carry `ref_chosen_logps` and `ref_rejected_logps` give the batch its `ref_logps`.
+    """
+
+    packing: str = "prefix"
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_token_id: int = 0
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing is {self.packing!r}; it must be one of {', '.join(map(repr, PACKINGS))}.")
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(
+                f"truncation_mode is {self.truncation_mode!r}; it must be one of "
+                f"{', '.join(map(repr, TRUNCATION_MODES))}."
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; it must be at least 2, or None for no limit.")
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+        if not rows:
+            raise ValueError("the batch holds no row; leave empty batches out.")
+        pairs = [self.sequences(row) for row in rows]
+        batch = self._padded(pairs) if self.packing == "padded" else self._packed(pairs)
+        given = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in rows[0]]
+        if len(given) == 1:
+            raise ValueError(f"the rows have {given[0]} but not the other one of ref_chosen_logps, ref_rejected_logps.")
+        if given:
+            values = [[float(row[name]) for row in rows] for name in given]
+            batch["ref_logps"] = torch.tensor(values, dtype=torch.float32).view(-1)
+        return batch
+
+    def sequences(self, row: Mapping[str, Any]) -> tuple[Sequence_, Sequence_]:
+        """(prompt, completion) of the chosen and of the rejected answer, truncated."""
+        missing = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if name not in row]
+        if missing:
+            raise ValueError(f"a row has no {missing[0]}; the collator takes tokenized rows (see fastdpo.data).")
+        prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+        return self._cut(prompt, chosen), self._cut(prompt, rejected)
+
+    def _cut(self, prompt: Sequence[int], completion: Sequence[int]) -> Sequence_:
+        length = len(prompt) + len(completion)
+        if self.max_length is None or length <= self.max_length:
+            return prompt, completion
+        if self.truncation_mode == "keep_start":
+            kept = max(0, self.max_length - len(prompt))
+            return prompt[: self.max_length], completion[:kept]
+        dropped = length - self.max_length
+        return prompt[dropped:], completion[max(0, dropped - len(prompt)) :]
+
+    def _packed(self, pairs: list[tuple[Sequence_, Sequence_]]) -> PreferenceBatch:
+        groups = []
+        for (prompt_c, chosen), (prompt_r, rejected) in pairs:
+            if len(prompt_c) == len(prompt_r):  # truncation may have cut the two differently
+                groups.append(Group(prompt_c, (chosen, rejected)))
+            else:
+                groups += [Group(prompt_c, (chosen,)), Group(prompt_r, (rejected,))]
+        packed = pack(groups, share=self.packing == "prefix")
+        num_pairs = len(pairs)
+        # Completions are numbered chosen 0, rejected 0, chosen 1, ...; sequences chosen 0, chosen 1, ..., rejected 0, ...
+        pair_ids, is_rejected = packed.completion_ids // 2, packed.completion_ids % 2
+        return PreferenceBatch(
+            packing=self.packing,
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            layout=packed.layout,
+            target_rows=packed.target_rows,
+            target_ids=packed.target_ids,
+            sequence_ids=pair_ids + num_pairs * is_rejected,
+            tokens_per_pair=tuple(torch.bincount(pair_ids, minlength=num_pairs).tolist()),
+            num_tokens=packed.input_ids.shape[1],
+            unshared_tokens=packed.unshared_tokens,
+        )
+
+    def _padded(self, pairs: list[tuple[Sequence_, Sequence_]]) -> PreferenceBatch:
+        num_pairs = len(pairs)
+        sequences = [pair[side] for side in (0, 1) for pair in pairs]
+        width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+        if self.pad_to_multiple_of:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids = torch.full((2 * num_pairs, width), self.pad_token_id)
+        attention_mask = torch.zeros((2 * num_pairs, width), dtype=torch.long)
+        rows: list[torch.Tensor] = []
+        for number, (prompt, completion) in enumerate(sequences):
+            length = len(prompt) + len(completion)
+            input_ids[number, :length] = torch.tensor([*prompt, *completion], dtype=torch.long)
+            attention_mask[number, :length] = 1
+            first = max(0, len(prompt) - 1)  # the last prompt token predicts the first completion token
+            rows.append(torch.arange(number * width + first, number * width + max(first, length - 1)))
+        order = [number for i in range(num_pairs) for number in (i, num_pairs + i)]  # pair by pair
+        target_rows = torch.cat([rows[number] for number in order])
+        counts = torch.tensor([len(rows[number]) for number in order])
+        return PreferenceBatch(
+            packing="padded",
+            input_ids=input_ids,
+            position_ids=torch.arange(width).expand(2 * num_pairs, width).contiguous(),
+            attention_mask=attention_mask,
+            target_rows=target_rows,
+            target_ids=input_ids.view(-1)[target_rows + 1],
+            sequence_ids=torch.tensor(order).repeat_interleave(counts),
+            tokens_per_pair=tuple(counts.view(-1, 2).sum(1).tolist()),
+            num_tokens=input_ids.numel(),
+            unshared_tokens=int(attention_mask.sum()),
+        )

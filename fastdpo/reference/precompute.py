@@ -1,0 +1,118 @@
+"""Fills a reference cache: forward only, prompts shared, sorted by length, by token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from fastdpo.models import causal_lm, completion_logps
+from fastdpo.packing import Group, PreferenceCollator
+from fastdpo.reference.cache import ReferenceCache, default_cache_dir
+from fastdpo.reference.fingerprint import model_fingerprint, sequence_key
+
+TOKENS_PER_PASS = {"cpu": 2048, "cuda": 32768}
+PASSES_PER_SHARD = 16
+
+
+def precompute(
+    model: Any,
+    dataset: Iterable[Mapping[str, Any]],
+    cache: ReferenceCache | str | Path | None = None,
+    *,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    max_tokens: int | None = None,
+    share: bool = True,
+    attention_backend: str = "auto",
+    autocast_dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> ReferenceCache:
+    """Computes what the cache lacks of the completions' log-probs under `model`, and returns the cache.
+
+    Args:
+        model: a transformers causal language model, the reference.
+        dataset: tokenized rows (`prompt_ids`, `chosen_ids`, `rejected_ids`).
+        cache: a folder or a ReferenceCache; default: the model's folder in the user's cache.
+        max_length, truncation_mode: as in training (`PreferenceCollator`): they decide which tokens are scored.
+        max_tokens: packed tokens a forward pass; default by device.
+        share: whether a prompt's completions share it in the packed row; off for models that cannot.
+        autocast_dtype: run under autocast in this dtype, as a mixed-precision trainer does.
+    """
+    if not isinstance(cache, ReferenceCache):
+        fingerprint = model_fingerprint(causal_lm(model), autocast_dtype)
+        cache = ReferenceCache(cache if cache is not None else default_cache_dir(fingerprint), fingerprint)
+    collator = PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode)
+    wanted: dict[tuple[int, ...], dict[bytes, Sequence[int]]] = {}
+    sequences = 0
+    for row in dataset:
+        for prompt, completion in collator.sequences(row):
+            key = sequence_key(prompt, completion)
+            sequences += 1
+            if key not in cache:
+                wanted.setdefault(tuple(prompt), {})[key] = completion
+    missing = sum(len(group) for group in wanted.values())
+    bar = tqdm(total=missing, desc="reference log-probs", unit="seq", disable=not progress or not missing)
+    device = next(causal_lm(model).parameters()).device
+    budget = max_tokens or TOKENS_PER_PASS.get(device.type, 8192)
+    pending: dict[bytes, np.ndarray] = {}
+    passes, tokens = 0, 0
+    autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
+    training = model.training
+    model.eval()
+    try:
+        for groups, keys in _passes(wanted, budget):
+            with autocast:
+                logps = completion_logps(model, groups, share=share, attention_backend=attention_backend)
+            pending.update((key, values.numpy()) for key, values in zip(keys, logps, strict=True))
+            tokens += sum(len(group.prompt) + sum(map(len, group.completions)) for group in groups)
+            bar.update(len(keys))
+            bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):,.0f} tokens/s", refresh=False)
+            passes += 1
+            if passes % PASSES_PER_SHARD == 0:
+                cache.add(pending)
+                pending = {}
+    finally:
+        model.train(training)
+        cache.add(pending)  # also when interrupted: what is computed is kept
+        bar.close()
+    return cache
+
+
+def reference_columns(
+    cache: ReferenceCache, dataset: Iterable[Mapping[str, Any]], max_length: int | None, truncation_mode: str
+) -> dict[str, list[float]]:
+    """{"ref_chosen_logps", "ref_rejected_logps"}: the sums of each row, from the cache."""
+    collator = PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode)
+    columns: dict[str, list[float]] = {"ref_chosen_logps": [], "ref_rejected_logps": []}
+    for row in dataset:
+        for column, (prompt, completion) in zip(columns.values(), collator.sequences(row), strict=True):
+            column.append(float(cache[sequence_key(prompt, completion)].sum(dtype=np.float64)))
+    return columns
+
+
+def _passes(
+    wanted: Mapping[tuple[int, ...], Mapping[bytes, Sequence[int]]], budget: int
+) -> Iterator[tuple[list[Group], list[bytes]]]:
+    """Groups of like length, as many a pass as the budget of packed tokens holds; the longest first."""
+
+    def size(item: tuple[tuple[int, ...], Mapping[bytes, Sequence[int]]]) -> int:
+        return len(item[0]) + sum(map(len, item[1].values()))
+
+    groups: list[Group] = []
+    keys: list[bytes] = []
+    tokens = 0
+    for item in sorted(wanted.items(), key=size, reverse=True):
+        if groups and tokens + size(item) > budget:
+            yield groups, keys
+            groups, keys, tokens = [], [], 0
+        groups.append(Group(item[0], list(item[1].values())))
+        keys += item[1].keys()
+        tokens += size(item)
+    if groups:
+        yield groups, keys

@@ -1,0 +1,95 @@
+"""Plain data shared by all parts. A leaf: imports nothing of fastdpo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class UserError(ValueError):
+    """A mistake of the user's that one sentence explains; the command line prints it and exits with code 2."""
+
+
+class DataError(UserError):
+    """A row of the user's data cannot be used; the message names the file, the row, and the remedy."""
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What one pass over the logits tells of each token besides its log-prob; every field is (N,), detached.
+
+    entropy      -sum_v p_v log p_v, in nats
+    mean_logit   mean_v z_v of the final logits (after logit scale, softcap and temperature)
+    is_top1      1.0 where no logit is larger than the label's, else 0.0
+    log_sum_p2   log sum_v p_v^2
+    """
+
+    entropy: Tensor
+    mean_logit: Tensor
+    is_top1: Tensor
+    log_sum_p2: Tensor
+
+    @classmethod
+    def from_rows(cls, stats: Tensor) -> TokenStats:
+        """From the (4, N) tensor of the kernels, whose rows stand in the order of the fields."""
+        return cls(*stats.unbind(0))
+
+
+@dataclass(frozen=True)
+class TokenMetrics:
+    """Means over completion tokens, each a 0-d tensor on the device of the logits."""
+
+    entropy: Tensor
+    chosen_logits: Tensor
+    rejected_logits: Tensor
+    mean_token_accuracy: Tensor
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What every loss function returns; B pairs.
+
+    loss              scalar, the reduction of `losses` (with `reduction="none"`: `losses` itself)
+    losses            (B,) one loss a pair; carries a gradient, except in `linear_loss` with reduction "mean" or
+                      "sum", which forms its gradient for `loss` alone
+    chosen_logps      (B,) sum of log-probs over the completion, detached, as is all that follows
+    rejected_logps    (B,)
+    chosen_rewards    (B,) beta * (logp - ref_logp), the implicit reward
+    rejected_rewards  (B,)
+    tokens            means over tokens, where they were asked for
+    """
+
+    loss: Tensor
+    losses: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    tokens: TokenMetrics | None = None
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Batch means under the names that trainers log; 0-d tensors on the device, so that nothing waits for it."""
+        margins = self.chosen_rewards - self.rejected_rewards
+        values = {
+            "rewards/chosen": self.chosen_rewards.mean(),
+            "rewards/rejected": self.rejected_rewards.mean(),
+            "rewards/accuracies": (margins > 0).to(margins.dtype).mean(),
+            "rewards/margins": margins.mean(),
+            "logps/chosen": self.chosen_logps.mean(),
+            "logps/rejected": self.rejected_logps.mean(),
+        }
+        if self.tokens is not None:
+            values["logits/chosen"] = self.tokens.chosen_logits
+            values["logits/rejected"] = self.tokens.rejected_logits
+            values["entropy"] = self.tokens.entropy
+            values["mean_token_accuracy"] = self.tokens.mean_token_accuracy
+        return values
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all softmax arithmetic and of returned log-probs: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

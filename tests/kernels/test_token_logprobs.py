@@ -1,0 +1,334 @@
+"""logits -> logps and back: Triton and eager against the float64 oracle and the naive code.
+
+Without a GPU the Triton kernels run in the interpreter; with one they run on it, and so does the eager code.
+"""
+
+import math
+import mmap
+import types
+
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastdpo_kernels import eager
+
+try:
+    import triton_interpreter
+
+    from fastdpo_kernels import token_logprobs as triton_kernels
+
+    triton_interpreter.mend()
+except ImportError:
+    triton_kernels = None
+
+CUDA = torch.cuda.is_available()
+NO_TRITON = pytest.mark.skipif(triton_kernels is None, reason="triton is not installed")
+IMPLEMENTATIONS = [
+    pytest.param((eager, "cpu"), id="eager-cpu"),
+    pytest.param(
+        (triton_kernels, "cpu"),
+        id="triton-interpreter",
+        marks=[NO_TRITON, pytest.mark.skipif(CUDA, reason="runs on the GPU")],
+    ),
+    *(
+        pytest.param(
+            (module, "cuda"), id=name, marks=[*marks, pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no GPU")]
+        )
+        for module, name, marks in [(eager, "eager-cuda", []), (triton_kernels, "triton-cuda", [NO_TRITON])]
+    ),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request) -> tuple[types.ModuleType, str]:
+    return request.param
+
+
+def run(implementation, logits: Tensor, labels: Tensor, grad: Tensor, *, stats=True, in_place=False, **options):
+    """logps, lse, stats and gradient, on the CPU."""
+    module, device = implementation
+    x = logits.to(device) if device != "cpu" else logits
+    if in_place:
+        x = x.clone()
+    y, g = labels.to(device), grad.to(device)
+    logps, lse, statistics = module.token_logprobs_fwd(x, y, stats=stats, **options)
+    out = x if in_place else torch.full_like(x, torch.nan)
+    gradient = module.token_logprobs_bwd(x, y, lse, g, out=out, **options)
+    assert gradient is out and gradient.dtype == logits.dtype
+    result = {"logps": logps, "lse": lse, "gradient": gradient}
+    if stats:
+        result["stats"] = statistics
+    else:
+        assert statistics is None
+    return {name: value.cpu() for name, value in result.items()}
+
+
+def naive(logits: Tensor, labels: Tensor, grad: Tensor, ignore_index: int = -100, **options):
+    """The usual code in float32 (float64 for float64): what the errors are measured by."""
+    n, v = logits.shape
+    x = logits.clone().requires_grad_()
+    z = oracle.transformed(x.double() if x.dtype == torch.float64 else x.float(), **options)
+    log_softmax = z.log_softmax(-1)
+    logps = log_softmax.gather(1, labels.clamp(0, v - 1).unsqueeze(1)).squeeze(1)
+    kept = labels != ignore_index
+    (gradient,) = torch.autograd.grad((grad.to(z.dtype) * logps)[kept].sum(), x)
+    z, log_softmax = z.detach(), log_softmax.detach()
+    p = log_softmax.exp()
+    stats = [
+        -torch.where(p > 0, p * log_softmax, 0).sum(1),
+        z.mean(1),
+        torch.zeros(n),
+        (p * p).sum(1).log(),
+    ]
+    return {"logps": logps.detach(), "lse": z.logsumexp(1), "stats": torch.stack(stats), "gradient": gradient}
+
+
+def error(value: Tensor, truth: Tensor) -> Tensor:
+    """|value - truth|, 0 where both are the same infinity or NaN, infinite where only one of them is."""
+    value = value.double()
+    same = (value == truth) | (value.isnan() & truth.isnan())
+    return torch.where(same, 0.0, (value - truth).abs().nan_to_num(nan=math.inf))
+
+
+def check(implementation, logits: Tensor, labels: Tensor, grad: Tensor, **options):
+    """Every output within twice the naive error of its row, plus two roundings at the size of z and log V.
+
+    `lse` is handed to the backward in float32: an error of half its last place is a relative error of the gradient.
+    """
+    result = run(implementation, logits, labels, grad, **options)
+    truth = oracle.token_logprobs(logits, labels, **options)
+    truth["gradient"] = oracle.token_logprobs_gradient(logits, labels, grad, **options)
+    usual = naive(logits, labels, grad, **options)
+
+    precision = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    transform = {k: v for k, v in options.items() if k != "ignore_index"}
+    z = oracle.transformed(logits.double(), **transform)
+    size = z.abs().masked_fill(~z.isfinite(), 0).amax(1)  # (N,)
+    roundings = 8 if precision == torch.float64 else 2  # the oracle's own count too in float64
+    tiny = roundings * torch.finfo(precision).eps * (2 + size + math.log(logits.shape[1]))
+    for name in ("logps", "lse"):
+        assert result[name].dtype == precision
+        allowed = 2 * error(usual[name], truth[name]).nan_to_num(posinf=0) + tiny
+        assert (error(result[name], truth[name]) <= allowed).all(), (name, result[name], truth[name], usual[name])
+    for k, name in enumerate(["entropy", "mean logit", "is top-1", "log sum p^2"]):
+        got, want = result["stats"][k], truth["stats"][k]
+        if name == "is top-1":
+            label_z = z.gather(1, labels.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
+            gap = z.amax(1) - label_z
+            clear = (gap == 0) | (gap > tiny)  # else z differ by less than a rounding
+            assert (got == want)[clear].all(), (name, got, want)
+        else:
+            allowed = 2 * error(usual["stats"][k], want).nan_to_num(posinf=0) + tiny
+            assert (error(got, want) <= allowed).all(), (name, got, want, usual["stats"][k])
+    got, want = result["gradient"], truth["gradient"]
+    slope = options.get("logit_scale", 1.0) / options.get("temperature", 1.0)
+    limits = torch.finfo(logits.dtype)
+    rounding = limits.eps / 2 * want.abs() + limits.smallest_normal * limits.eps
+    usual_error = error(usual["gradient"], want).nan_to_num(posinf=0).amax(1, keepdim=True)
+    allowed = 2 * usual_error + rounding + (tiny * slope * grad.abs().double()).unsqueeze(1)
+    bad = ~(error(got, want) <= allowed) & ~want.isnan()
+    assert not bad.any(), (got[bad], want[bad], usual["gradient"][bad])
+    assert (got.isnan() == want.isnan()).all()
+    return result
+
+
+def draw_logits(n: int, v: int, dtype: torch.dtype, kind: str, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, v, generator=generator)
+    if kind == "extreme":
+        x = 1e4 * x.sign()
+    elif kind == "wide":
+        x = 1e4 * x.clamp(-1, 1)
+    elif kind == "offset":
+        x = x + 1e4
+    elif kind == "peaked":
+        x = x * 10
+    elif kind == "masked":
+        mask = torch.rand(n, v, generator=generator) < 0.7
+        mask[:, 0] = False  # a row without a legal token has no softmax
+        x = x.masked_fill(mask, -math.inf)
+    return x.to(dtype)
+
+
+SIZES = [1, 2, 3, 127, 128, 1000, 2049, 4096, 4097, 9000]
+LABELS = st.one_of(st.integers(0, 9000), st.sampled_from(["ignored", "below", "v", "above"]))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    v=st.sampled_from(SIZES),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(["normal", "peaked", "extreme", "wide", "offset", "masked"]),
+    row_gap=st.sampled_from([0, 1, 8, 16]),
+    labels=st.lists(LABELS, max_size=5),
+    ignore_index=st.sampled_from([-100, 0, -1]),
+    temperature=st.sampled_from([1.0, 0.7, 2.0]),
+    softcap=st.sampled_from([None, 30.0, 2.0]),
+    logit_scale=st.sampled_from([1.0, 0.0625, 1.5]),
+    seed=st.integers(0, 2**16),
+)
+def test_agrees_with_float64(implementation, v, dtype, kind, row_gap, labels, ignore_index, seed, **options):
+    if dtype == torch.float64 and implementation[0] is triton_kernels:
+        dtype = torch.float32
+    logits = draw_logits(len(labels), v + row_gap, dtype, kind, seed)[:, :v]
+    special = {"ignored": ignore_index, "below": -7, "v": v, "above": v + 2**33}
+    numbers = [special[label] if isinstance(label, str) else int(label) % v for label in labels]
+    grad = torch.randn(len(labels), generator=torch.Generator().manual_seed(seed + 1))
+    check(implementation, logits, torch.tensor(numbers, dtype=torch.int64), grad, ignore_index=ignore_index, **options)
+
+
+@pytest.mark.parametrize("v", [49152, 128256, 262144])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_large_vocabularies(implementation, v, dtype):
+    logits = draw_logits(2, v, dtype, "peaked", seed=v)
+    labels = torch.tensor([int(logits[0].argmax()), v - 1])
+    result = check(implementation, logits, labels, torch.tensor([1.0, -0.5]))
+    assert result["stats"][2].tolist() == [1.0, 0.0]
+
+
+def test_no_rows(implementation):
+    empty = torch.zeros(0)
+    result = run(implementation, torch.zeros(0, 33), torch.zeros(0, dtype=torch.int64), empty)
+    assert {name: tuple(value.shape) for name, value in result.items()} == {
+        "logps": (0,),
+        "lse": (0,),
+        "gradient": (0, 33),
+        "stats": (4, 0),
+    }
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_ignored_rows_are_not_read(implementation, in_place):
+    logits = torch.randn(6, 5000)
+    labels = torch.tensor([3, -100, 4999, -100, -100, 0])
+    ignored = labels == -100
+    grad = torch.ones(6).masked_fill(ignored, math.nan)
+    expected = run(implementation, logits, labels, grad)
+    result = run(implementation, logits.masked_fill(ignored[:, None], math.nan), labels, grad, in_place=in_place)
+    for name, value in result.items():
+        assert torch.equal(value, expected[name]), name
+    assert not result["logps"][ignored].any() and not result["lse"][ignored].any()
+    assert not result["stats"][:, ignored].any() and not result["gradient"][ignored].any()
+    assert result["gradient"][~ignored].any(1).all()
+
+
+def test_all_ignored(implementation):
+    logits = torch.full((3, 100), math.nan, dtype=torch.bfloat16)
+    result = run(implementation, logits, torch.full((3,), -100), torch.full((3,), math.nan), in_place=True)
+    assert all(not value.any() for value in result.values())
+
+
+@pytest.mark.parametrize("label", [-1, 64, 2**40, -(2**40)])
+def test_labels_out_of_range_give_nan(implementation, label):
+    result = run(implementation, torch.randn(2, 64), torch.tensor([5, label]), torch.ones(2))
+    assert result["logps"].isnan().tolist() == [False, True]
+    assert result["gradient"].isnan().all(1).tolist() == [False, True]
+    assert result["gradient"].isnan().any(1).tolist() == [False, True]
+    assert result["lse"].isfinite().all() and result["stats"].isfinite().all()
+
+
+def test_masked_labels_and_rows(implementation):
+    logits = torch.zeros(2, 10)
+    logits[0, :9] = -math.inf
+    logits[1] = -math.inf
+    result = run(implementation, logits, torch.tensor([0, 0]), torch.ones(2))
+    assert result["logps"][0] == -math.inf and result["logps"][1].isnan()  # as log_softmax
+    assert result["lse"].tolist() == [0.0, -math.inf]
+    assert result["stats"][:, 0].tolist() == [0.0, -math.inf, 0.0, 0.0]
+    assert result["gradient"][0].tolist() == [1.0, *[0.0] * 8, -1.0]
+
+
+@pytest.mark.parametrize("softcap", [None, 15.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_in_place_equals_out_of_place_and_repeats_are_equal(implementation, dtype, softcap):
+    logits = torch.randn(7, 6000).to(dtype)
+    labels = torch.tensor([0, 5999, -100, 17, -100, -1, 4096])
+    grad = torch.randn(7)
+    options = {"temperature": 0.8, "softcap": softcap}
+    first = run(implementation, logits, labels, grad, **options)
+    for in_place in (False, True):
+        again = run(implementation, logits, labels, grad, in_place=in_place, **options)
+        for name, value in first.items():
+            torch.testing.assert_close(again[name], value, rtol=0, atol=0, equal_nan=True)
+    without_stats = run(implementation, logits, labels, grad, stats=False, **options)
+    torch.testing.assert_close(without_stats["logps"], first["logps"], rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_rows_of_the_gradient_sum_to_zero(implementation):
+    logits, labels, grad = 3 * torch.randn(5, 5003), torch.randint(0, 5003, (5,)), torch.randn(5)
+    sums = run(implementation, logits, labels, grad, temperature=0.5)["gradient"].double().sum(1)
+    assert (sums.abs() <= 2e-5 * grad.abs()).all(), sums
+
+
+def test_strided_rows_of_logits_and_gradient(implementation):
+    module, device = implementation
+    wide = torch.randn(4, 3000, device=device)
+    target = torch.full((4, 2100), 7.0, device=device)
+    labels, grad = torch.tensor([1, 2, -100, 1999], device=device), torch.randn(8, device=device)[::2]
+    logits, out = wide[:, 500:2500], target[:, 100:2100]
+    _, lse, _ = module.token_logprobs_fwd(logits, labels)
+    module.token_logprobs_bwd(logits, labels, lse, grad, out=out)
+    expected = run(implementation, logits.cpu().contiguous(), labels.cpu(), grad.cpu())["gradient"]
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-6, atol=1e-7)
+    assert (target[:, :100] == 7.0).all()
+
+
+def test_addresses_beyond_2_to_the_31(implementation):
+    """Rows 2^30 elements apart; on a CPU the pages between them are never touched."""
+    module, device = implementation
+    count, v, stride = 2**31 + 2**12, 4096, 2**30
+    if device == "cpu":
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * count), dtype=torch.bfloat16)
+    else:
+        memory = torch.empty(count, dtype=torch.bfloat16, device=device)
+    logits = memory.as_strided((3, v), (stride, 1))
+    logits.copy_(torch.randn(3, v))
+    plain, labels, grad = logits.cpu().contiguous(), torch.tensor([7, 8, 9]), torch.randn(3)
+    expected = run(implementation, plain, labels, grad)
+    labels, grad = labels.to(device), grad.to(device)
+    logps, lse, _ = module.token_logprobs_fwd(logits, labels)
+    module.token_logprobs_bwd(logits, labels, lse, grad, out=logits)
+    torch.testing.assert_close(logps.cpu(), expected["logps"], rtol=1e-6, atol=1e-6)
+    assert torch.equal(logits.cpu(), expected["gradient"])
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Bytes of the largest tensor that an operator inside returns, arguments and views of them apart."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_eager_allocates_chunks_only(dtype):
+    logits, labels, grad = torch.randn(96, 50000).to(dtype), torch.randint(0, 50000, (96,)), torch.ones(96)
+    with LargestAllocation() as largest:
+        _, lse, _ = eager.token_logprobs_fwd(logits, labels, stats=True, softcap=30.0)
+        eager.token_logprobs_bwd(logits, labels, lse, grad, softcap=30.0, out=logits)
+    assert largest.bytes <= 4 * 2**20 < logits.nbytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no GPU")
+def test_eager_does_not_wait_for_the_device():
+    logits, labels = torch.randn(64, 1000, device="cuda"), torch.randint(0, 1000, (64,), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, lse, _ = eager.token_logprobs_fwd(logits, labels, stats=True)
+        eager.token_logprobs_bwd(logits, labels, lse, torch.ones_like(lse), out=logits)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
