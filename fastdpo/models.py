@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from fastdpo.attention import count_packed_layers, packed_forward
 from fastdpo.ops import linear_token_logps
-from fastdpo.packing import Group, PreferenceBatch, PreferenceCollator, pack
+from fastdpo.packing import Group, PreferenceBatch, PreferenceCollator, pack, pad
+from fastdpo.types import UserError
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def causal_lm(model: Any) -> Any:
         inner = inner.get_base_model()
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None or getattr(head, "weight", None) is None:
-        raise ValueError(
+        raise UserError(
             f"{type(inner).__name__} has no language-model head; load the model with AutoModelForCausalLM."
         )
     return inner
@@ -75,28 +77,44 @@ def target_hidden_states(model: Any, batch: PreferenceBatch, *, attention_backen
 
 
 def completion_logps(
-    model: Any, prompt_and_completions: list[Group], *, share: bool = True, memory_budget: int | None = None,
-    attention_backend: str = "auto",
-) -> list[Tensor]:  # fmt: skip
-    """Per-token log-probs of every completion, one tensor each, group by group, on the CPU; forward only."""
+    model: Any, groups: Sequence[Group], *, packing: str = "prefix", attention_backend: str = "auto"
+) -> list[Tensor]:
+    """Per-token log-probs of every completion, one CPU tensor each, group by group; forward only."""
     inner = causal_lm(model)
-    row = pack(prompt_and_completions, share=share)
-    count = sum(len(group.completions) for group in prompt_and_completions)
-    sizes = torch.bincount(row.completion_ids, minlength=count).tolist()
-    device = next(inner.parameters()).device
-    batch = PreferenceBatch(
-        packing="prefix",
-        input_ids=row.input_ids,
-        position_ids=row.position_ids,
-        layout=row.layout,
-        target_rows=row.target_rows,
-        target_ids=row.target_ids,
-    ).to(device)
+    batch, sizes = _scoring_batch(groups, packing)
     with torch.no_grad():
+        batch = batch.to(inner.get_output_embeddings().weight.device)
         hidden = target_hidden_states(inner, batch, attention_backend=attention_backend)
         head = lm_head(inner)
-        logps = linear_token_logps(hidden, head.weight, batch.target_ids, memory_budget=memory_budget, **head.kwargs())
+        logps = linear_token_logps(hidden, head.weight, batch.target_ids, **head.kwargs())
     return list(logps.cpu().split(sizes))
+
+
+def _scoring_batch(groups: Sequence[Group], packing: str) -> tuple[PreferenceBatch, list[int]]:
+    """What `target_hidden_states` needs of a batch, and how many targets each completion has."""
+    if packing == "padded":
+        padded = pad([(group.prompt, completion) for group in groups for completion in group.completions])
+        rows = torch.cat(padded.target_rows)
+        batch = PreferenceBatch(
+            packing=packing,
+            input_ids=padded.input_ids,
+            position_ids=padded.position_ids,
+            attention_mask=padded.attention_mask,
+            target_rows=rows,
+            target_ids=padded.targets(rows),
+        )
+        return batch, [len(rows) for rows in padded.target_rows]
+    packed = pack(groups, share=packing == "prefix")
+    batch = PreferenceBatch(
+        packing=packing,
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        layout=packed.layout,
+        target_rows=packed.target_rows,
+        target_ids=packed.target_ids,
+    )
+    count = sum(len(group.completions) for group in groups)
+    return batch, torch.bincount(packed.completion_ids, minlength=count).tolist()
 
 
 def sequence_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto") -> Tensor:
@@ -124,7 +142,7 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
     """Compares two small random pairs, run as `packing` says, with the model's own logits, sequence by sequence.
 
     Raises:
-        ValueError: the model does not run this way, or its log-probs differ: packed attention, positions, or the head's
+        UserError: the model does not run this way, or its log-probs differ: packed attention, positions, or the head's
             scale and softcap are not what this architecture does.
     """
     inner = causal_lm(model)
@@ -155,10 +173,10 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
                 with count_packed_layers() as layers:
                     ours = sequence_logps(model, batch, attention_backend=attention_backend).cpu()
             except (TypeError, ValueError) as error:
-                raise ValueError(f"packing={packing!r} does not run on {type(inner).__name__}: {error}") from error
+                raise UserError(f"packing={packing!r} does not run on {type(inner).__name__}: {error}") from error
         wanted = 0 if packing == "padded" else inner.config.get_text_config().num_hidden_layers
         if len(layers) < wanted:
-            raise ValueError(
+            raise UserError(
                 f"packing={packing!r} cannot serve {type(inner).__name__}: only {len(layers)} of its {wanted} layers "
                 "run attention through transformers' attention interface; the others (recurrent, linear or "
                 "hand-written attention) would mix the packed sequences. Use packing='padded', or packing='auto'."
@@ -180,7 +198,7 @@ def _check_equal(
     lengths = torch.tensor([len(ids) - start for ids, start in zip(sequences, starts, strict=True)])
     error = ((ours - theirs).abs() / lengths).max().item()
     if not error <= _VERIFY_TOLERANCE.get(dtype, 1e-4):
-        raise ValueError(
+        raise UserError(
             f"packing={packing!r} does not give the log-probs of {type(inner).__name__}: off by {error:.2g} nats a "
             "token on a small test batch. Use packing='padded', or packing='auto' to have it chosen."
         )

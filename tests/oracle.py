@@ -23,6 +23,7 @@ def token_logprobs(logits: Tensor, labels: Tensor, ignore_index: int = -100, **o
         lse[i] = torch.logsumexp(z, 0)
         logp = torch.log_softmax(z, 0)
         p = logp.exp()
+        p = p / p.sum()  # a rounding of the normalizer makes all of p wrong alike, which float64 tests see
         possible = p > 0
         stats[0, i] = -(p * logp)[possible].sum()
         stats[1, i] = z.mean()
@@ -49,3 +50,29 @@ def token_logprobs_gradient(logits: Tensor, labels: Tensor, grad_logps: Tensor, 
         logp = torch.log_softmax(transformed(x, **options), 0)[label]
         (gradient[i],) = torch.autograd.grad(grad_logps[i].double() * logp, x)
     return gradient
+
+
+def linear_token_logprobs(hidden, weight, labels, bias=None, ignore_index=-100, **options) -> Tensor:
+    """(N, D), (V, D), (N,) -> logps (N,), differentiable, float64; labels in range or ignored."""
+    logits = hidden.double() @ weight.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    logps = torch.log_softmax(transformed(logits, **options), -1)
+    kept = labels != ignore_index
+    picked = logps.gather(1, torch.where(kept, labels, 0)[:, None]).squeeze(1)
+    return torch.where(kept, picked, 0.0)
+
+
+def pair_losses(name, chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0, lengths=None) -> Tensor:
+    """(B,) losses in float64, each written from its paper's formula, without log-sigmoid's stable form."""
+    chosen, rejected, ref_chosen, ref_rejected = (t.double() for t in (chosen, rejected, ref_chosen, ref_rejected))
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    if name == "sigmoid":
+        right, wrong = 1 / (1 + torch.exp(-margin)), 1 / (1 + torch.exp(margin))
+        return -((1 - label_smoothing) * torch.log(right) + label_smoothing * torch.log(wrong))
+    if name == "hinge":
+        return torch.maximum(torch.zeros_like(margin), 1 - margin)
+    if name == "ipo":
+        per_token = (chosen - ref_chosen) / lengths[0].double() - (rejected - ref_rejected) / lengths[1].double()
+        return (per_token - 0.5 / beta).square()
+    raise KeyError(name)

@@ -9,8 +9,10 @@ from typing import Any
 from fastdpo.types import DataError
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def read_rows(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a .jsonl file (one JSON object a line, empty lines skipped) or a .json file (an array of objects).
+
+    Returns the rows and, for messages, where each stands: "FILE, row 3", with the line where it is another number.
 
     Raises:
         DataError: no such file, a line that is no JSON object, no rows at all; names file and line.
@@ -28,29 +30,38 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
-    rows = _json_array(path, text) if path.suffix == ".json" else _json_lines(path, text)
+    if path.suffix == ".json":
+        rows = _json_array(path, text)
+        places = [f"{path}, row {number}" for number in range(1, len(rows) + 1)]
+    else:
+        rows, places = _json_lines(path, text)
     if not rows:
         raise DataError(f"{path} holds no rows; it needs one JSON object a line with prompt, chosen and rejected.")
-    return rows
+    return rows, places
 
 
-def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+def _json_lines(path: Path, text: str) -> tuple[list[dict[str, Any]], list[str]]:
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    for line_number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        number = len(rows) + 1
+        place = f"{path}, row {number}" if number == line_number else f"{path}, row {number} (line {line_number})"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{path}, line {number}: this is no JSON ({error.msg}, column {error.colno}); "
-                "each line must be one JSON object."
+                f"{place}: this is no JSON ({error.msg}, column {error.colno}); each line must be one JSON object."
             ) from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: this is a JSON {type(row).__name__}; each line must be an object "
-                            '{"prompt": ..., "chosen": ..., "rejected": ...}.')  # fmt: skip
+            raise DataError(
+                f"{place}: this is a JSON {type(row).__name__}; each line must be an object "
+                '{"prompt": ..., "chosen": ..., "rejected": ...}.'
+            )
         rows.append(row)
-    return rows
+        places.append(place)
+    return rows, places
 
 
 def _json_array(path: Path, text: str) -> list[dict[str, Any]]:

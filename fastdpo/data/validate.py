@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastdpo.types import DataError
@@ -20,12 +20,16 @@ def is_chat(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
 
 
-def validate_rows(rows: Iterable[Mapping[str, Any]], place: Callable[[int], str]) -> None:
-    """Raises DataError for the first row that cannot be used; `place(i)` says where row i stands."""
-    for number, row in enumerate(rows):
-        problem = row_problem(row)
-        if problem is not None:
-            raise DataError(f"{place(number)}: {problem}")
+def validate_rows(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
+    """Raises DataError for the first row that cannot be used, and says how many more there are.
+
+    `places` says where each row stands, as `read_rows` returns it.
+    """
+    problems = [(place, problem) for row, place in zip(rows, places, strict=True) if (problem := row_problem(row))]
+    if problems:
+        place, problem = problems[0]
+        others = f" ({len(problems) - 1} more rows cannot be used, either.)" if len(problems) > 1 else ""
+        raise DataError(f"{place}: {problem}{others}")
 
 
 def row_problem(row: Mapping[str, Any]) -> str | None:

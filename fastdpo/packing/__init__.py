@@ -3,5 +3,6 @@
 from fastdpo.packing.batch import PreferenceBatch
 from fastdpo.packing.collator import PACKINGS, PreferenceCollator
 from fastdpo.packing.layout import Group, PackedLayout, PackedRow, pack
+from fastdpo.packing.padding import pad
 
-__all__ = ["PACKINGS", "Group", "PackedLayout", "PackedRow", "PreferenceBatch", "PreferenceCollator", "pack"]
+__all__ = ["PACKINGS", "Group", "PackedLayout", "PackedRow", "PreferenceBatch", "PreferenceCollator", "pack", "pad"]

@@ -10,10 +10,11 @@ import torch
 
 from fastdpo.packing.batch import PreferenceBatch
 from fastdpo.packing.layout import Group, pack
+from fastdpo.packing.padding import pad
 
 PACKINGS = ("prefix", "varlen", "padded")
 TRUNCATION_MODES = ("keep_start", "keep_end")
-Sequence_ = tuple[Sequence[int], Sequence[int]]  # (prompt, completion)
+PromptCompletion = tuple[Sequence[int], Sequence[int]]  # (prompt, completion)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class PreferenceCollator:
             batch["ref_logps"] = torch.tensor(values, dtype=torch.float32).view(-1)
         return batch
 
-    def sequences(self, row: Mapping[str, Any]) -> tuple[Sequence_, Sequence_]:
+    def sequences(self, row: Mapping[str, Any]) -> tuple[PromptCompletion, PromptCompletion]:
         """(prompt, completion) of the chosen and of the rejected answer, truncated."""
         missing = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if name not in row]
         if missing:
@@ -68,7 +69,7 @@ class PreferenceCollator:
         prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
         return self._cut(prompt, chosen), self._cut(prompt, rejected)
 
-    def _cut(self, prompt: Sequence[int], completion: Sequence[int]) -> Sequence_:
+    def _cut(self, prompt: Sequence[int], completion: Sequence[int]) -> PromptCompletion:
         length = len(prompt) + len(completion)
         if self.max_length is None or length <= self.max_length:
             return prompt, completion
@@ -78,7 +79,7 @@ class PreferenceCollator:
         dropped = length - self.max_length
         return prompt[dropped:], completion[max(0, dropped - len(prompt)) :]
 
-    def _packed(self, pairs: list[tuple[Sequence_, Sequence_]]) -> PreferenceBatch:
+    def _packed(self, pairs: list[tuple[PromptCompletion, PromptCompletion]]) -> PreferenceBatch:
         groups = []
         for (prompt_c, chosen), (prompt_r, rejected) in pairs:
             if len(prompt_c) == len(prompt_r):  # truncation may have cut the two differently
@@ -102,33 +103,22 @@ class PreferenceCollator:
             unshared_tokens=packed.unshared_tokens,
         )
 
-    def _padded(self, pairs: list[tuple[Sequence_, Sequence_]]) -> PreferenceBatch:
+    def _padded(self, pairs: list[tuple[PromptCompletion, PromptCompletion]]) -> PreferenceBatch:
         num_pairs = len(pairs)
         sequences = [pair[side] for side in (0, 1) for pair in pairs]
-        width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-        if self.pad_to_multiple_of:
-            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full((2 * num_pairs, width), self.pad_token_id)
-        attention_mask = torch.zeros((2 * num_pairs, width), dtype=torch.long)
-        rows: list[torch.Tensor] = []
-        for number, (prompt, completion) in enumerate(sequences):
-            length = len(prompt) + len(completion)
-            input_ids[number, :length] = torch.tensor([*prompt, *completion], dtype=torch.long)
-            attention_mask[number, :length] = 1
-            first = max(0, len(prompt) - 1)  # the last prompt token predicts the first completion token
-            rows.append(torch.arange(number * width + first, number * width + max(first, length - 1)))
+        rows = pad(sequences, self.pad_token_id, self.pad_to_multiple_of)
         order = [number for i in range(num_pairs) for number in (i, num_pairs + i)]  # pair by pair
-        target_rows = torch.cat([rows[number] for number in order])
-        counts = torch.tensor([len(rows[number]) for number in order])
+        target_rows = torch.cat([rows.target_rows[number] for number in order])
+        counts = torch.tensor([len(rows.target_rows[number]) for number in order])
         return PreferenceBatch(
             packing="padded",
-            input_ids=input_ids,
-            position_ids=torch.arange(width).expand(2 * num_pairs, width).contiguous(),
-            attention_mask=attention_mask,
+            input_ids=rows.input_ids,
+            position_ids=rows.position_ids,
+            attention_mask=rows.attention_mask,
             target_rows=target_rows,
-            target_ids=input_ids.view(-1)[target_rows + 1],
+            target_ids=rows.targets(target_rows),
             sequence_ids=torch.tensor(order).repeat_interleave(counts),
             tokens_per_pair=tuple(counts.view(-1, 2).sum(1).tolist()),
-            num_tokens=input_ids.numel(),
-            unshared_tokens=int(attention_mask.sum()),
+            num_tokens=rows.input_ids.numel(),
+            unshared_tokens=int(rows.attention_mask.sum()),
         )

@@ -16,6 +16,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ class ReferenceCache:
             flat, offsets = logps.values.to_numpy(), logps.offsets.to_numpy()
         except (OSError, pa.ArrowException, KeyError) as error:
             aside = shard.with_name(shard.name + ".damaged")
-            os.replace(shard, aside)
+            with suppress(OSError):  # a folder that we may only read: the shard is passed over all the same
+                os.replace(shard, aside)
             warnings.warn(
                 f"{shard} is damaged ({str(error).splitlines()[0]}); it was set aside as {aside.name}, and the values "
                 "it held will be computed again.",

@@ -28,7 +28,8 @@ def precompute(
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     max_tokens: int | None = None,
-    share: bool = True,
+    batch_size: int | None = None,
+    packing: str = "prefix",
     attention_backend: str = "auto",
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
@@ -40,8 +41,9 @@ def precompute(
         dataset: tokenized rows (`prompt_ids`, `chosen_ids`, `rejected_ids`).
         cache: a folder or a ReferenceCache; default: the model's folder in the user's cache.
         max_length, truncation_mode: as in training (`PreferenceCollator`): they decide which tokens are scored.
-        max_tokens: packed tokens a forward pass; default by device.
-        share: whether a prompt's completions share it in the packed row; off for models that cannot.
+        max_tokens: tokens a forward pass; default by device.
+        batch_size: prompts a forward pass at most.
+        packing: "prefix", "varlen" or "padded"; the values are the same.
         autocast_dtype: run under autocast in this dtype, as a mixed-precision trainer does.
     """
     if not isinstance(cache, ReferenceCache):
@@ -66,9 +68,9 @@ def precompute(
     training = model.training
     model.eval()
     try:
-        for groups, keys in _passes(wanted, budget):
+        for groups, keys in _passes(wanted, budget, batch_size):
             with autocast:
-                logps = completion_logps(model, groups, share=share, attention_backend=attention_backend)
+                logps = completion_logps(model, groups, packing=packing, attention_backend=attention_backend)
             pending.update((key, values.numpy()) for key, values in zip(keys, logps, strict=True))
             tokens += sum(len(group.prompt) + sum(map(len, group.completions)) for group in groups)
             bar.update(len(keys))
@@ -97,7 +99,7 @@ def reference_columns(
 
 
 def _passes(
-    wanted: Mapping[tuple[int, ...], Mapping[bytes, Sequence[int]]], budget: int
+    wanted: Mapping[tuple[int, ...], Mapping[bytes, Sequence[int]]], budget: int, batch_size: int | None
 ) -> Iterator[tuple[list[Group], list[bytes]]]:
     """Groups of like length, as many a pass as the budget of packed tokens holds; the longest first."""
 
@@ -108,7 +110,7 @@ def _passes(
     keys: list[bytes] = []
     tokens = 0
     for item in sorted(wanted.items(), key=size, reverse=True):
-        if groups and tokens + size(item) > budget:
+        if groups and (tokens + size(item) > budget or len(groups) == batch_size):
             yield groups, keys
             groups, keys, tokens = [], [], 0
         groups.append(Group(item[0], list(item[1].values())))

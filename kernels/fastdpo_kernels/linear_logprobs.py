@@ -73,13 +73,14 @@ class HeadGrads:
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, accumulated in the dtype of `total`."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:  # no mixed-precision product on CPU: a slab of the vocabulary at a time keeps the float32 copies small
         b = b.to(total.dtype)
         for part in range(0, total.shape[0], 8192):
-            total[part : part + 8192].addmm_(a[part : part + 8192].to(total.dtype), b)
+            slab = total[part : part + 8192]
+            torch.addmm(slab, a[part : part + 8192].to(total.dtype), b, out=slab)
 
 
 def tiles(n: int, tile: int) -> Iterator[slice]:

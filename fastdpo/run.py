@@ -1,0 +1,199 @@
+"""One run from rows to a saved model: what `fastdpo train` and `fastdpo demo` do."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdpo.types import DataError, UserError
+
+HELD_OUT_SHARE = 0.1
+SHOWN_PROMPTS = 3
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Rows as they stand in the files; checked."""
+
+    train: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+
+
+def load_data(dataset: str | Path, eval_dataset: str | Path | None) -> RunData:
+    """Reads and checks the rows; without an evaluation file, every tenth row or so is held out (a fixed draw).
+
+    Raises:
+        DataError: names file, row and remedy.
+    """
+    from fastdpo.data import read_rows, validate_rows
+
+    def load(path: str | Path) -> list[dict[str, Any]]:
+        rows, places = read_rows(path)
+        validate_rows(rows, places)
+        return rows
+
+    train = load(dataset)
+    if eval_dataset is not None:
+        return RunData(train, load(eval_dataset))
+    order = list(range(len(train)))
+    random.Random(0).shuffle(order)
+    held_out = set(order[: round(len(train) * HELD_OUT_SHARE)])
+    return RunData(
+        [row for i, row in enumerate(train) if i not in held_out], [train[i] for i in sorted(held_out)]
+    )
+
+
+def check_output_dir(path: str | Path) -> Path:
+    """Makes the folder and writes to it once, so that a run of hours does not fail at its end."""
+    path = Path(path)
+    probe = path / f".fastdpo-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path}: this output folder cannot be written ({error.strerror}); name another one with --output_dir."
+        ) from None
+    return path
+
+
+def check_model_path(path: str) -> None:
+    """A local path must hold a model; a name of the form owner/model is left to transformers."""
+    folder = Path(path)
+    if not folder.exists():
+        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+            return
+        raise UserError(f"{path}: there is no such model folder; check the path given with --model.")
+    if not folder.is_dir() or not (folder / "config.json").is_file():
+        raise UserError(
+            f"{path} is no model: it holds no config.json; give a folder that save_pretrained wrote with --model."
+        )
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path} is no model: its config.json cannot be read as JSON.") from None
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.index.json")]
+    if not weights:
+        raise UserError(f"{path} is no model: it holds no weights (model.safetensors); save the model there again.")
+
+
+def load_model(path: str, dtype: Any) -> tuple[Any, Any]:
+    """Model and tokenizer, from local files or by name."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be loaded as a model: {str(error).splitlines()[0]}") from error
+    return model, tokenizer
+
+
+def run(model: Any, tokenizer: Any, data: RunData, args: Any, *, title: str) -> dict[str, Any]:
+    """Measures, trains, measures again, saves; returns the summary that it also prints and writes.
+
+    Writes into args.output_dir: the model, report.png, summary.json.
+    """
+    from fastdpo.evaluation import generate, measure_preference
+    from fastdpo.report import speed_summary, write_report
+    from fastdpo.trainer import DPOTrainer
+
+    started = time.perf_counter()
+    show = not args.disable_tqdm
+    trainer = DPOTrainer(model, args=args, train_dataset=data.train, processing_class=tokenizer)
+    held_out = _tokenized(data.held_out, tokenizer, args)
+    shown = _shown_prompts(data.held_out)
+    options = {"max_length": args.max_length, "packing": trainer.packing, "progress": show}
+
+    def look(when: str) -> tuple[Any, list[str]]:
+        preference = None
+        if held_out:
+            preference = measure_preference(model, held_out, description=f"held-out pairs, {when}", **options)
+        answers = generate(model, tokenizer, shown, description=f"answers, {when}", progress=show)
+        return preference, answers
+
+    before, answers_before = look("before")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    after, answers_after = look("after")
+    trainer.save_model(args.output_dir)
+
+    history = trainer.state.log_history
+    summary = {
+        "held_out_before": before and before.as_dict(),
+        "held_out_after": after and after.as_dict(),
+        "generations": [
+            {"prompt": _prompt_text(prompt), "before": b, "after": a}
+            for prompt, b, a in zip(shown, answers_before, answers_after, strict=True)
+        ],
+        "packing": trainer.packing,
+        "speed": speed_summary(history),
+        "seconds": time.perf_counter() - started,
+    }
+    output = Path(args.output_dir)
+    (output / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_report(
+        output / "report.png", history, title=title, before=summary["held_out_before"], after=summary["held_out_after"]
+    )
+    print(describe(summary, output))
+    return summary
+
+
+def _tokenized(rows: Sequence[dict[str, Any]], tokenizer: Any, args: Any) -> list[dict[str, Any]]:
+    from fastdpo.trainer.dataset import prepare_dataset
+
+    if not rows:
+        return []
+    try:
+        return prepare_dataset(list(rows), tokenizer, args, name="held-out").to_list()
+    except DataError:
+        return []  # every held-out prompt fills max_length: there is nothing to measure
+
+
+def _shown_prompts(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    return [row["prompt"] for row in rows if row.get("prompt") is not None][:SHOWN_PROMPTS]
+
+
+def _prompt_text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def describe(summary: dict[str, Any], output: Path, width: int = 100) -> str:
+    """The summary as a person reads it in a terminal."""
+    lines = [""]
+    column = (width - 3) // 2
+    for example in summary["generations"]:
+        lines += [f"> {example['prompt']}", f"{'before':<{column}} | after"]
+        before, after = (textwrap.wrap(" ".join(example[k].split()), column) or [""] for k in ("before", "after"))
+        for i in range(max(len(before), len(after))):
+            left, right = (part[i] if i < len(part) else "" for part in (before, after))
+            lines.append(f"{left:<{column}} | {right}")
+        lines.append("")
+    b, a = summary["held_out_before"], summary["held_out_after"]
+    if b and a:
+        lines += [
+            f"held-out pairs ({a['pairs']})         before ->  after",
+            f"  preference accuracy     {b['accuracy']:7.1%} -> {a['accuracy']:6.1%}",
+            f"  mean margin, nats/token {b['margin']:+7.3f} -> {a['margin']:+6.3f}",
+        ]
+    speed = summary["speed"]
+    if speed:
+        lines += [
+            f"speed                     {speed['tokens_per_second']:,.0f} tokens/s, "
+            f"{speed['pairs_per_second']:.2f} pairs/s, {speed['mfu']:.0%} of the measured matmul speed",
+            f"tokens saved by sharing   {speed['saved_tokens_fraction']:.1%}",
+            f"peak memory               {speed['peak_memory_gb']:.2f} GB",
+        ]
+    lines += [
+        f"whole run                 {summary['seconds']:.0f} s",
+        f"model                     {output}   (AutoModelForCausalLM.from_pretrained)",
+        f"picture                   {output / 'report.png'}",
+    ]
+    return "\n".join(lines)

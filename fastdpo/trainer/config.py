@@ -1,0 +1,118 @@
+"""Options of a DPO run: those of transformers.TrainingArguments, TRL's names and defaults, and a few of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from fastdpo.attention import BACKENDS
+from fastdpo.losses import WeightedLosses, resolve_losses
+from fastdpo.packing import PACKINGS
+from fastdpo.packing.collator import TRUNCATION_MODES
+
+# Options of TRL's DPOConfig that fastdpo does not carry out yet: the value that changes nothing, and what to do.
+_NOT_YET: dict[str, tuple[Any, str]] = {
+    "router_aux_loss_coef": (None, "leave it out; the router's balance loss is not added"),
+    "f_divergence_type": ("reverse_kl", "use reverse_kl"),
+    "ld_alpha": (None, "leave it out"),
+    "use_weighting": (False, "leave it off"),
+    "activation_offloading": (False, "leave it off; gradient_checkpointing=True saves activation memory"),
+    "sync_ref_model": (False, "leave it off; the reference stays fixed"),
+}
+
+
+def _help(text: str, default: Any = None, **kwargs: Any) -> Any:
+    if "default_factory" in kwargs:
+        return field(metadata={"help": text}, **kwargs)
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """TrainingArguments with what preference training adds.
+
+    Defaults that differ from TrainingArguments are TRL's: learning_rate 1e-6, logging_steps 10, gradient_checkpointing
+    True, bf16 True unless fp16. An option that cannot be honoured raises ValueError here, not in the middle of a run.
+    """
+
+    learning_rate: float = _help("Peak learning rate of AdamW.", 1e-6)
+    logging_steps: float = _help("Log every so many steps; below 1, a share of all steps.", 10)
+    gradient_checkpointing: bool = _help("Recompute activations in the backward to save memory.", True)
+    bf16: bool | None = _help("Mixed precision in bfloat16; unset, on unless fp16 is.", None)
+
+    loss_type: list[str] = _help("Losses, by name; several are added up.", default_factory=lambda: ["sigmoid"])
+    loss_weights: list[float] | None = _help("A weight for each of several losses.", None)
+    beta: float = _help("Strength of the pull towards the reference.", 0.1)
+    label_smoothing: float = _help("Share of pairs taken to be labelled the wrong way round, in [0, 0.5].", 0.0)
+
+    max_length: int | None = _help("Longest prompt + completion in tokens; unset, no limit.", 1024)
+    truncation_mode: str = _help("Which end of a longer sequence stays: keep_start or keep_end.", "keep_start")
+    packing: str = _help(
+        "How a batch runs: prefix (each prompt once), varlen (no padding), padded, or auto, the first of these that "
+        "gives this model's own log-probs.", "auto")  # fmt: skip
+    attention_backend: str = _help("Attention of packed rows: auto, flash_attn, torch_varlen or sdpa.", "auto")
+    padding_free: bool = _help("TRL's name for running without padding, which packing does.", False)
+    pad_to_multiple_of: int | str | None = _help("For packing=padded: pad to a multiple of this.", "auto")
+    memory_budget: int | None = _help("Bytes for the tile of logits; unset, chosen by device.", None)
+
+    precompute_ref_log_probs: bool = _help(
+        "Compute the reference log-probs once, before training, and keep them on disk; no reference model in memory.",
+        False)  # fmt: skip
+    precompute_ref_batch_size: int | None = _help("Prompts per forward pass of that, at most.", None)
+    ref_logps: str | None = _help("Folder of the reference cache; implies precompute_ref_log_probs.", None)
+
+    disable_dropout: bool = _help("Switch dropout off in policy and reference.", True)
+    dataset_num_proc: int | None = _help("Processes that tokenize the data set.", None)
+    model_init_kwargs: dict[str, Any] | str | None = _help("Keywords of from_pretrained, for a model given by name.")
+    trust_remote_code: bool = _help("Let a model given by name run code of its own.", False)
+
+    router_aux_loss_coef: float | None = _help("Not supported yet.", None)
+    f_divergence_type: str = _help("Only reverse_kl is supported yet.", "reverse_kl")
+    f_alpha_divergence_coef: float = _help("For f_divergence_type=alpha_divergence.", 0.5)
+    ld_alpha: float | None = _help("Not supported yet.", None)
+    use_weighting: bool = _help("Not supported yet.", False)
+    discopop_tau: float = _help("For the loss discopop.", 0.05)
+    activation_offloading: bool = _help("Not supported yet.", False)
+    sync_ref_model: bool = _help("Not supported yet.", False)
+    ref_model_mixup_alpha: float = _help("For sync_ref_model.", 0.6)
+    ref_model_sync_steps: int = _help("For sync_ref_model.", 512)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        if self.pad_to_multiple_of == "auto":
+            self.pad_to_multiple_of = None
+        if isinstance(self.pad_to_multiple_of, str):  # the command line passes text
+            self.pad_to_multiple_of = int(self.pad_to_multiple_of)
+        if self.ref_logps is not None:
+            self.precompute_ref_log_probs = True
+        self._check()
+        super().__post_init__()
+
+    def losses(self) -> WeightedLosses:
+        """The losses with their options; raises ValueError where they do not fit."""
+        return resolve_losses(self.loss_type, self.loss_weights, beta=self.beta, label_smoothing=self.label_smoothing)
+
+    def _check(self) -> None:
+        for name, (neutral, remedy) in _NOT_YET.items():
+            value = getattr(self, name)
+            if value != neutral:
+                raise ValueError(f"{name}={value!r} is not supported by this version of fastdpo; {remedy}.")
+        self.losses()
+        choices = {
+            "packing": ("auto", *PACKINGS),
+            "truncation_mode": TRUNCATION_MODES,
+            "attention_backend": ("auto", *BACKENDS),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(allowed)}.")
+        if self.padding_free and self.packing == "padded":
+            raise ValueError("padding_free=True and packing='padded' contradict each other; leave one of them out.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; it must be at least 2, or None for no limit.")
+        if self.memory_budget is not None and self.memory_budget <= 0:
+            raise ValueError(f"memory_budget is {self.memory_budget}; it must be a number of bytes above 0, or None.")

@@ -1,0 +1,376 @@
+"""DPOTrainer: transformers.Trainer, with packed batches, fused log-probs and a cached reference.
+
+What happens to a batch, top to bottom:
+
+    PreferenceCollator   rows -> PreferenceBatch                             (fastdpo.packing)
+    compute_loss         calls the model with the batch; the model's own forward, extended by `_install_loss`, runs
+                         backbone, head and loss, so that wrappers (DDP, FSDP, autocast) see one forward
+    linear_loss          completion tokens -> log-probs -> loss              (fastdpo.functional)
+    log                  metrics summed on the device are read once          (fastdpo.trainer.metrics)
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+from fastdpo.functional import linear_loss
+from fastdpo.models import causal_lm, lm_head, sequence_logps, target_hidden_states, verify_packing
+from fastdpo.packing import PACKINGS, PreferenceBatch, PreferenceCollator
+from fastdpo.reference import precompute, reference_columns
+from fastdpo.reference.cache import ReferenceCache, default_cache_dir
+from fastdpo.reference.fingerprint import model_fingerprint
+from fastdpo.trainer.config import DPOConfig
+from fastdpo.trainer.dataset import REF_COLUMNS, prepare_dataset
+from fastdpo.trainer.metrics import MetricSums, Throughput, step_flops
+from fastdpo.types import LossOutput, UserError
+
+logger = logging.getLogger(__name__)
+
+Datasets = Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | list | None
+
+
+class DPOTrainer(Trainer):
+    """Trains a causal language model on preference pairs; the constructor is that of TRL's DPOTrainer.
+
+    Args:
+        model: a transformers causal LM, a PEFT model, or a name or path.
+        ref_model: the reference; default: the policy as it is now (with PEFT: its base, adapters switched off).
+        args: a DPOConfig.
+        data_collator: default: PreferenceCollator as `args` say.
+        train_dataset, eval_dataset: rows of text, messages or token ids (see `fastdpo.data`); `eval_dataset` may be a
+            dict of several. Rows that carry `ref_chosen_logps` and `ref_rejected_logps` need no reference.
+        processing_class: the tokenizer; default: that of the model's path.
+        peft_config: wraps the model in a new adapter.
+        quantization_config: for a model given by name.
+
+    Raises:
+        ValueError: options, data or model that do not fit together; before any training.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Datasets = None,
+        eval_dataset: Datasets = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        if args is None:
+            args = DPOConfig(output_dir="dpo-output")
+        model = _load(model, args, quantization_config)
+        if ref_model is model:
+            raise ValueError("ref_model is the model itself; leave it out to use the policy's initial weights.")
+        ref_model = None if ref_model is None else _load(ref_model, args, None)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        inner = causal_lm(model)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(inner.config._name_or_path)
+        for each in (model, ref_model):
+            if each is not None and args.disable_dropout:
+                _disable_dropout(each)
+
+        prepare = functools.partial(prepare_dataset, tokenizer=processing_class, args=args)
+        train_dataset = prepare(train_dataset, name="train") if train_dataset is not None else None
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: prepare(part, name=name) for name, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = prepare(eval_dataset, name="eval")
+
+        self._losses = args.losses()
+        self._metrics = {"train": MetricSums(), "eval": MetricSums()}
+        self.ref_model = ref_model
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or PreferenceCollator(),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # compute_loss divides by the pairs of the whole step itself.
+        self.model_accepts_loss_kwargs = True
+        self._autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self._throughput = Throughput(args.device)
+        self.packing = self._choose_packing(inner)
+        if data_collator is None:
+            self.data_collator = PreferenceCollator(
+                packing=self.packing,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                pad_token_id=processing_class.pad_token_id or 0,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+            )
+        self._prepare_reference()
+        _install_loss(inner, self._batch_loss)
+
+    # The reference
+
+    def _prepare_reference(self) -> None:
+        """Columns of reference log-probs where they are to be computed ahead; else a frozen model to run beside."""
+        self._ref_cache: ReferenceCache | None = None
+        if not self._losses.needs_reference:
+            return
+        if self.args.precompute_ref_log_probs:
+            reference = self.ref_model if self.ref_model is not None else self.model
+            reference.to(self.args.device)
+            with self._adapters_off():
+                fingerprint = model_fingerprint(reference, self._autocast_dtype)
+            self._ref_cache = ReferenceCache(self.args.ref_logps or default_cache_dir(fingerprint), fingerprint)
+            if self.train_dataset is not None:
+                self.train_dataset = self._with_reference(self.train_dataset)
+            if isinstance(self.eval_dataset, Mapping):
+                self.eval_dataset = {name: self._with_reference(part) for name, part in self.eval_dataset.items()}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._with_reference(self.eval_dataset)
+            return
+        if all(_has_reference(dataset) for dataset in self._datasets()):
+            return
+        if self.ref_model is None and not hasattr(self.model, "disable_adapter"):
+            self.ref_model = copy.deepcopy(self.model)
+        if self.ref_model is not None:
+            self.ref_model.requires_grad_(False).eval().to(self.args.device)
+
+    def _datasets(self) -> list[Any]:
+        evals = self.eval_dataset
+        parts = list(evals.values()) if isinstance(evals, Mapping) else [evals]
+        return [dataset for dataset in (self.train_dataset, *parts) if dataset is not None]
+
+    def _with_reference(self, dataset: Any) -> Any:
+        if _has_reference(dataset):
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "precompute_ref_log_probs=True needs a data set whose length is known, and this one is streamed; "
+                "use precompute_ref_log_probs=False."
+            )
+        assert self._ref_cache is not None
+        reference = self.ref_model if self.ref_model is not None else self.model
+        with self._adapters_off():
+            precompute(
+                reference,
+                dataset,
+                self._ref_cache,
+                max_length=self.args.max_length,
+                truncation_mode=self.args.truncation_mode,
+                batch_size=self.args.precompute_ref_batch_size,
+                packing=self.packing,
+                attention_backend=self.args.attention_backend,
+                autocast_dtype=self._autocast_dtype,
+                progress=not self.args.disable_tqdm,
+            )
+        columns = reference_columns(self._ref_cache, dataset, self.args.max_length, self.args.truncation_mode)
+        for name, values in columns.items():
+            dataset = dataset.add_column(name, values)
+        return dataset
+
+    def _adapters_off(self) -> Any:
+        """With PEFT and no explicit reference, the reference is the model without its adapters."""
+        if self.ref_model is None and hasattr(self.model, "disable_adapter"):
+            return self.model.disable_adapter()
+        return nullcontext()
+
+    def _online_reference(self, batch: PreferenceBatch) -> Tensor:
+        reference = self.ref_model if self.ref_model is not None else self.model
+        training = reference.training
+        reference.eval()
+        try:
+            with torch.no_grad(), self._adapters_off():
+                return sequence_logps(reference, batch, attention_backend=self.args.attention_backend)
+        finally:
+            reference.train(training)
+
+    # The loss
+
+    def _choose_packing(self, inner: Any) -> str:
+        wanted = self.args.packing
+        if wanted != "auto":
+            verify_packing(inner, wanted, attention_backend=self.args.attention_backend)
+            return wanted
+        refusals = []
+        for packing in PACKINGS:
+            try:
+                verify_packing(inner, packing, attention_backend=self.args.attention_backend)
+            except UserError as error:
+                refusals.append(str(error))
+                continue
+            if refusals:
+                logger.warning("Running with packing=%r: %s", packing, refusals[0])
+            return packing
+        raise UserError(f"no way of packing suits this model: {' '.join(refusals)}")
+
+    def _batch_loss(self, model: Any, batch: PreferenceBatch, ref_logps: Tensor | None) -> LossOutput:
+        """Runs inside the model's forward; `model` is the causal LM within all wrappers."""
+        hidden = target_hidden_states(model, batch, attention_backend=self.args.attention_backend)
+        head = lm_head(model)
+        return linear_loss(
+            hidden,
+            head.weight,
+            batch.target_ids,
+            ref_logps,
+            sequence_ids=batch.sequence_ids,
+            tokens_per_pair=batch.tokens_per_pair,
+            beta=self.args.beta,
+            loss_type=self.args.loss_type,
+            loss_weights=self.args.loss_weights,
+            label_smoothing=self.args.label_smoothing,
+            reduction="sum",
+            memory_budget=self.args.memory_budget,
+            **head.kwargs(),
+        )
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum of the losses of the batch's pairs over the pairs of the whole optimizer step.
+
+        Added up over accumulation steps and averaged over processes, that is the mean over all pairs of the step.
+        """
+        ref_logps = inputs.get("ref_logps")
+        if ref_logps is None and self._losses.needs_reference:
+            ref_logps = self._online_reference(inputs)
+        output = model(preference_batch=inputs, ref_logps=ref_logps)
+        mode = "train" if model.training else "eval"
+        mean = output.losses.detach().mean()
+        metrics = output.metrics() if mode == "train" else {"loss": mean, **output.metrics()}
+        self._metrics[mode].add(metrics, inputs.num_pairs)
+        if mode == "train":
+            self._throughput.count(inputs, step_flops(causal_lm(self.model), inputs))
+        if num_items_in_batch is None:
+            loss = output.loss / inputs.num_pairs
+        else:
+            loss = output.loss * (self.accelerator.num_processes / num_items_in_batch)
+        return (loss, output) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[PreferenceBatch], device: torch.device) -> Any:
+        """Pairs in the optimizer step, over all processes."""
+        pairs = sum(batch.num_pairs for batch in batch_samples)
+        if self.accelerator.num_processes > 1:
+            return self.accelerator.reduce(torch.tensor(float(pairs), device=device), "sum")
+        return pairs
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        rewards = torch.stack([output.chosen_rewards, output.rejected_rewards], dim=1)  # (B, 2)
+        return loss, rewards, torch.zeros_like(rewards[:, 0], dtype=torch.long)  # the label: column 0 is the chosen
+
+    # What transformers.Trainer asks of a subclass
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs.to(self.args.device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REF_COLUMNS]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return int(step_flops(causal_lm(self.model), inputs))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._throughput.restart()
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._metrics["train"].take(self._reduce))
+            logs["num_tokens"] = self._throughput.total_unshared
+            dtype = self._autocast_dtype or causal_lm(self.model).dtype
+            logs.update(self._throughput.take(dtype))
+        super().log(logs, start_time)
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, "sum") if self.accelerator.num_processes > 1 else sums
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        paused_at = self._throughput.pause()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Our own mean over pairs replaces the mean over batches, which counts a small last batch as a full one.
+        means = self._metrics["eval"].take(self._reduce)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        self._throughput.resume(paused_at)
+        return output
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if eval_dataset is not None and not isinstance(eval_dataset, str | Mapping):
+            eval_dataset = prepare_dataset(eval_dataset, self.processing_class, self.args, name="eval")
+            if self._ref_cache is not None and not _has_reference(eval_dataset):
+                if self.state.global_step and self.ref_model is None and not hasattr(self.model, "disable_adapter"):
+                    raise ValueError(
+                        "the reference of this new evaluation set cannot be computed: with precompute_ref_log_probs=True "
+                        "and no ref_model, the reference was the policy before training. Pass the set to the constructor."
+                    )
+                eval_dataset = self._with_reference(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        paused_at = self._throughput.pause()
+        super()._save_checkpoint(*args, **kwargs)
+        self._throughput.resume(paused_at)
+
+
+def _load(model: Any, args: DPOConfig, quantization_config: Any) -> Any:
+    if not isinstance(model, str):
+        if quantization_config is not None:
+            raise ValueError("quantization_config is for a model given by name; load this one quantized instead.")
+        return model
+    options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
+    options.update(args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {})
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    return AutoModelForCausalLM.from_pretrained(model, **options)
+
+
+def _disable_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _has_reference(dataset: Any) -> bool:
+    return all(name in (dataset.column_names or ()) for name in REF_COLUMNS)
+
+
+def _install_loss(model: Any, batch_loss: Any) -> None:
+    """Lets `model(preference_batch=..., ref_logps=...)` return the loss; every other call is the model's own forward.
+
+    On the instance, not the class: the loss then runs inside whatever wraps this model's forward.
+    """
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, preference_batch: Any = None, ref_logps: Any = None, **kwargs: Any) -> Any:
+        if preference_batch is None:
+            return original(*args, **kwargs)
+        return batch_loss(model, preference_batch, ref_logps)
+
+    model.forward = forward

@@ -1,0 +1,128 @@
+"""Metrics of a run, summed on the device and read once a log; and its speed."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.packing import PreferenceBatch
+
+
+class MetricSums:
+    """Means weighted by pairs. `add` queues work on the device and waits for nothing; `take` waits once."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._pairs = 0
+
+    def add(self, metrics: Mapping[str, Tensor], pairs: int) -> None:
+        names = list(metrics)
+        values = torch.stack([metrics[name].detach().float() for name in names]) * pairs
+        if self._sums is None:
+            self._names, self._sums = names, values
+        else:
+            assert names == self._names
+            self._sums += values
+        self._pairs += pairs
+
+    def take(self, reduce: Any = None) -> dict[str, float]:
+        """The means since the last call; `reduce` adds a tensor up over processes."""
+        if self._sums is None:
+            return {}
+        sums = torch.cat([self._sums, self._sums.new_tensor([self._pairs])])
+        if reduce is not None:
+            sums = reduce(sums)
+        *values, pairs = sums.tolist()
+        names, self._names, self._sums, self._pairs = self._names, [], None, 0
+        return {name: value / pairs for name, value in zip(names, values, strict=True)}
+
+
+class Throughput:
+    """Counts what was trained and how long it took; host integers only."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.total_unshared = 0  # every token of the data counted, prompts twice, as others count
+        self._ceiling: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.perf_counter()
+        self._pairs = self._tokens = self._unshared = 0
+        self._flops = 0.0
+
+    def pause(self) -> float:
+        return time.perf_counter()
+
+    def resume(self, paused_at: float) -> None:
+        """Leaves the time since `paused_at` out of the count (evaluation, saving)."""
+        self._since += time.perf_counter() - paused_at
+
+    def count(self, batch: PreferenceBatch, flops: float) -> None:
+        self._pairs += batch.num_pairs
+        self._tokens += batch["num_tokens"]
+        self._unshared += batch["unshared_tokens"]
+        self.total_unshared += batch["unshared_tokens"]
+        self._flops += flops
+
+    def take(self, dtype: torch.dtype) -> dict[str, float]:
+        seconds = max(1e-9, time.perf_counter() - self._since)
+        if not self._pairs:
+            return {}
+        if self._ceiling is None:
+            self._ceiling = gemm_flops_per_second(self.device, dtype)
+        values = {
+            "perf/tokens_per_second": self._tokens / seconds,
+            "perf/pairs_per_second": self._pairs / seconds,
+            "perf/saved_tokens_fraction": 1 - self._tokens / max(1, self._unshared),
+            "perf/peak_memory_gb": peak_memory_gb(self.device),
+            "perf/mfu": self._flops / seconds / self._ceiling,
+        }
+        self.restart()
+        return values
+
+
+def step_flops(model: Any, batch: PreferenceBatch) -> float:
+    """Matrix-product FLOPs of forward and backward that the batch needs, attention scores and recomputation left out.
+
+    Two a weight and token forward, two for the gradient of the activations, two for that of a trainable weight. The
+    head counts for target tokens only; input embeddings are look-ups.
+    """
+    head = model.get_output_embeddings().weight
+    embeddings = {id(head), id(model.get_input_embeddings().weight)}
+    flops = 0.0
+    for parameter in model.parameters():
+        if id(parameter) not in embeddings and parameter.dim() > 1:
+            flops += parameter.numel() * (6 if parameter.requires_grad else 4) * batch["num_tokens"]
+    return flops + head.numel() * (6 if head.requires_grad else 4) * batch["target_ids"].shape[0]
+
+
+def gemm_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """What this device reaches in a large square matrix product: the ceiling that MFU is a fraction of."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB (1e9 bytes): allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux KiB

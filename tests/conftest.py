@@ -1,0 +1,41 @@
+"""Set-up of the whole suite: Triton's interpreter where there is no GPU, NaN in fresh memory, one thread a worker."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+
+import pytest
+import triton_interpreter
+
+triton_interpreter.mend()
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers of two threads each on two cores wait for one another most of the time.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory():
+    """What reads memory that it did not write gives NaN, not luck."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory, monkeypatch):
+    """Reference log-probs of a test go to a folder of its own."""
+    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path_factory.mktemp("fastdpo-cache")))
