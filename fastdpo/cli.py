@@ -124,21 +124,22 @@ def _config(output_dir: str, named: dict[str, Any], rest: list[str]) -> Any:
 
     from fastdpo.trainer import DPOConfig
 
-    # What TRL's defaults leave to the user and a command line should settle: references are computed once, nothing is
-    # sent anywhere, and a CPU, which gains nothing from bfloat16, runs in float32.
+    # What a command line should settle: references are computed once, and nothing is sent anywhere.
     defaults: dict[str, Any] = {
         "precompute_ref_log_probs": True,
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 1,
-        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
     }
     values = {**defaults, **{name: value for name, value in named.items() if value is not None}}
     given = [argument[2:].split("=")[0].replace("-", "_") for argument in rest if argument.startswith("--")]
     known = DPOConfig.__dataclass_fields__
     for name in given:
         if name not in known:
-            raise UserError(f"--{name} is no option of fastdpo train and no field of DPOConfig; {_nearest(name, known)}")
+            raise UserError(
+                f"--{name} is no option of fastdpo train and no field of DPOConfig; {_nearest(name, known)}"
+            )
     try:
         if rest:
             parser = HfArgumentParser(DPOConfig, exit_on_error=False)

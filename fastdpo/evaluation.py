@@ -69,9 +69,7 @@ def generate(
 ) -> list[str]:  # fmt: skip
     """The model's greedy answer to each prompt (messages or text)."""
     inner = causal_lm(model)
-    training, checkpointing = model.training, getattr(inner, "is_gradient_checkpointing", False)
-    if checkpointing:
-        inner.gradient_checkpointing_disable()  # it would switch the key-value cache off
+    training = model.training
     model.eval()
     answers = []
     try:
@@ -91,6 +89,4 @@ def generate(
             answers.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     finally:
         model.train(training)
-        if checkpointing:
-            inner.gradient_checkpointing_enable()
     return answers

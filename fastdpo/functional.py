@@ -77,7 +77,9 @@ def preference_loss(
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):
         missing = "ref_chosen_logps" if ref_chosen_logps is None else "ref_rejected_logps"
         raise ValueError(f"{missing} is missing; give both references or neither.")
-    refs = None if ref_chosen_logps is None else (ref_chosen_logps, ref_rejected_logps)
+    refs = None
+    if ref_chosen_logps is not None and ref_rejected_logps is not None:
+        refs = (ref_chosen_logps, ref_rejected_logps)
     ref_c, ref_r = _reference(refs, losses, chosen_logps)
     if losses.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
         raise ValueError(
@@ -273,7 +275,7 @@ def _token_metrics(
 def _output(
     losses: Tensor, terms: PairTerms, beta: float, reduction: str, tokens: TokenMetrics | None = None
 ) -> LossOutput:
-    reduced = {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
+    reduced = losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
     return LossOutput(
         loss=reduced,
         losses=losses,

@@ -41,9 +41,7 @@ def causal_lm(model: Any) -> Any:
         inner = inner.get_base_model()
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None or getattr(head, "weight", None) is None:
-        raise UserError(
-            f"{type(inner).__name__} has no language-model head; load the model with AutoModelForCausalLM."
-        )
+        raise UserError(f"{type(inner).__name__} has no language-model head; load the model with AutoModelForCausalLM.")
     return inner
 
 

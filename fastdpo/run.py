@@ -45,9 +45,7 @@ def load_data(dataset: str | Path, eval_dataset: str | Path | None) -> RunData:
     order = list(range(len(train)))
     random.Random(0).shuffle(order)
     held_out = set(order[: round(len(train) * HELD_OUT_SHARE)])
-    return RunData(
-        [row for i, row in enumerate(train) if i not in held_out], [train[i] for i in sorted(held_out)]
-    )
+    return RunData([row for i, row in enumerate(train) if i not in held_out], [train[i] for i in sorted(held_out)])
 
 
 def check_output_dir(path: str | Path) -> Path:
@@ -87,13 +85,21 @@ def check_model_path(path: str) -> None:
 
 def load_model(path: str, dtype: Any) -> tuple[Any, Any]:
     """Model and tokenizer, from local files or by name."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be loaded as a model: {str(error).splitlines()[0]}") from error
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be loaded as a model: {reason}") from error
+    if info["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise UserError(
+            f"{path} lacks {len(info['missing_keys'])} of the weights of {type(model).__name__} "
+            f"({sorted(info['missing_keys'])[0]}, ...); give the folder of a whole causal language model."
+        )
     return model, tokenizer
 
 
@@ -103,12 +109,14 @@ def run(model: Any, tokenizer: Any, data: RunData, args: Any, *, title: str) -> 
     Writes into args.output_dir: the model, report.png, summary.json.
     """
     from fastdpo.evaluation import generate, measure_preference
+    from fastdpo.progress import show_progress
     from fastdpo.report import speed_summary, write_report
     from fastdpo.trainer import DPOTrainer
 
     started = time.perf_counter()
     show = not args.disable_tqdm
     trainer = DPOTrainer(model, args=args, train_dataset=data.train, processing_class=tokenizer)
+    show_progress(trainer)
     held_out = _tokenized(data.held_out, tokenizer, args)
     shown = _shown_prompts(data.held_out)
     options = {"max_length": args.max_length, "packing": trainer.packing, "progress": show}

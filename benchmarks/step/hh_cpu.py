@@ -4,9 +4,9 @@
     python benchmarks/step/hh_cpu.py --pairs 8  a quick look
 
 SmolLM2-135M in float32; the first 32 pairs of benchmarks/data/hh_rlhf_harmless_test.csv, filled with random tokens;
-batches of 8; precompute_ref_log_probs=True, gradient checkpointing off, max_length 512, the same order, in both. Time is
-that of the optimizer steps, the first left out as warm-up; memory is the peak of the process. A speed-up is printed only
-where the losses and gradient norms of all steps agree.
+batches of 8; precompute_ref_log_probs=True, gradient checkpointing off, max_length 512, the same order, in both. Time
+is that of the optimizer steps, the first left out as warm-up; memory is the peak of the process. A ratio is printed
+only where the losses and gradient norms of all steps agree.
 """
 
 from __future__ import annotations

@@ -3,4 +3,12 @@
 from fastdpo.attention.interface import ATTENTION_NAME, count_packed_layers, packed_forward, register
 from fastdpo.attention.select import BACKENDS, Backend, select_backend
 
-__all__ = ["ATTENTION_NAME", "BACKENDS", "Backend", "count_packed_layers", "packed_forward", "register", "select_backend"]
+__all__ = [
+    "ATTENTION_NAME",
+    "BACKENDS",
+    "Backend",
+    "count_packed_layers",
+    "packed_forward",
+    "register",
+    "select_backend",
+]

@@ -43,7 +43,9 @@ def attend(
     return torch.cat(out, dim=2).squeeze(0).transpose(0, 1)
 
 
-def _mask(layout: PackedLayout, q_length: int, k_length: int, window: int | None, device: torch.device) -> Tensor | None:
+def _mask(
+    layout: PackedLayout, q_length: int, k_length: int, window: int | None, device: torch.device
+) -> Tensor | None:
     """(q, k) True where query i may see key j; None where plain causality, or no mask, says the same.
 
     Query i stands at position k_length - q_length + i of the segment's keys.

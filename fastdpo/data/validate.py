@@ -91,7 +91,9 @@ def _implicit_prompt_problem(row: Mapping[str, Any]) -> str | None:
     if shared == 0:
         return "there is no 'prompt', and 'chosen' and 'rejected' share no first message to take it from; add 'prompt'."
     if shared in (len(chosen), len(rejected)):
-        return "one of 'chosen' and 'rejected' is the beginning of the other, which leaves an empty answer; mend the row."
+        return (
+            "one of 'chosen' and 'rejected' is the beginning of the other, which leaves an empty answer; mend the row."
+        )
     return None
 
 

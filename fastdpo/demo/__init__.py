@@ -16,14 +16,15 @@ GGUF_FILE = f"{MODEL_NAME}.Q4_1.gguf"
 DATA = Path(__file__).parent / "data"
 TRAIN_FILE, HELD_OUT_FILE = DATA / "train.jsonl", DATA / "held_out.jsonl"
 
-# Chosen on the training pairs alone; nothing was tuned on the held-out ones.
+# Chosen on the training pairs alone (trained on 128 of them, judged on the other 32): learning rates of 3e-5 and 5e-5
+# gave accuracies of 66% and 94%, the latter with odd answers now and then. Nothing was tuned on the held-out pairs.
 SETTINGS: dict[str, Any] = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
-    "learning_rate": 1e-5,
+    "learning_rate": 4e-5,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 2,
-    "beta": 0.1,
+    "beta": 0.05,
     "max_length": 512,
     "logging_steps": 1,
     "gradient_checkpointing": False,

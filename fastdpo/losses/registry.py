@@ -44,9 +44,7 @@ REGISTRY: dict[str, LossSpec] = {
             options={"label_smoothing": 0.0},
         ),
         LossSpec("hinge", paired.hinge, "max(0, 1 - beta delta)", "Zhao 2023; Liu 2023"),
-        LossSpec(
-            "ipo", paired.ipo, "(Delta_c/L_c - Delta_r/L_r - 1/(2 beta))^2", "Azar 2023", needs_lengths=True
-        ),
+        LossSpec("ipo", paired.ipo, "(Delta_c/L_c - Delta_r/L_r - 1/(2 beta))^2", "Azar 2023", needs_lengths=True),
     )
 }
 

@@ -67,9 +67,7 @@ def linear_token_logps_with_stats(
     hidden = hidden.to(dtype)
     kernels = row_kernels(impl, hidden)
     tile = tile_rows(weight, dtype, memory_budget)
-    logps, rows = LinearTokenLogpsFunction.apply(
-        hidden, weight, bias, labels.long(), options, stats, tile, kernels
-    )
+    logps, rows = LinearTokenLogpsFunction.apply(hidden, weight, bias, labels.long(), options, stats, tile, kernels)
     return logps, None if rows is None else TokenStats.from_rows(rows)
 
 

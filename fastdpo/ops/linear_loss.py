@@ -52,17 +52,29 @@ def fused_pair_loss(
     kernels = row_kernels(impl, hidden)
     tile = tile_rows(weight, dtype, memory_budget)
     loss, losses, logps, all_stats = FusedPairLossFunction.apply(
-        hidden, weight, bias, labels.long(), sequence_ids, tuple(tokens_per_pair), pair_loss, options, stats, tile, kernels
+        hidden,
+        weight,
+        bias,
+        labels.long(),
+        sequence_ids,
+        tuple(tokens_per_pair),
+        pair_loss,
+        options,
+        stats,
+        tile,
+        kernels,
     )
     return loss, losses, logps, None if all_stats is None else TokenStats.from_rows(all_stats)
 
 
 def chunk_pairs(tokens_per_pair: Sequence[int], tile: int) -> list[tuple[int, int]]:
-    """[first, end) ranges of whole pairs with at most `tile` tokens each; a larger pair stands alone."""
+    """[first, end) ranges of whole pairs with at most `tile` tokens each, of like size; a larger pair stands alone."""
+    total = sum(tokens_per_pair)
+    aim = -(-total // max(1, -(-total // tile)))  # as many chunks as the tile makes necessary, all alike
     chunks: list[tuple[int, int]] = []
     first, tokens = 0, 0
     for pair, count in enumerate(tokens_per_pair):
-        if pair > first and tokens + count > tile:
+        if pair > first and (tokens >= aim or tokens + count > tile):
             chunks.append((first, pair))
             first, tokens = pair, 0
         tokens += count
@@ -77,7 +89,7 @@ class FusedPairLossFunction(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, sequence_ids: Tensor,
         tokens_per_pair: tuple[int, ...], pair_loss: PairLoss, options: LogitOptions, stats: bool, tile: int,
         kernels: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         from fastdpo_kernels import linear_logprobs as kernel
 
         head = make_head(weight, bias, hidden.dtype, options, kernels)
@@ -137,9 +149,7 @@ class FusedPairLossFunction(torch.autograd.Function):
         return (dhidden, dweight, dbias, *[None] * 8)
 
 
-def _pair_gradient(
-    pair_loss: PairLoss, first: int, end: int, sums: Tensor, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
+def _pair_gradient(pair_loss: PairLoss, first: int, end: int, sums: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
     """losses (pairs,) and d sum(losses) / d sums, flat (2 * pairs,): chosen first, then rejected."""
     with torch.enable_grad():
         leaf = sums.view(2, -1).detach().requires_grad_(needs_grad)

@@ -42,9 +42,7 @@ def token_logps(
         ValueError: shapes, dtypes or devices that do not fit, or an option out of range.
     """
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
-    return token_logps_with_stats(
-        logits, labels, options, stats=False, inplace_backward=inplace_backward, impl=impl
-    )[0]
+    return token_logps_with_stats(logits, labels, options, stats=False, inplace_backward=inplace_backward, impl=impl)[0]
 
 
 def token_logps_with_stats(

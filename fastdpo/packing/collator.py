@@ -88,7 +88,7 @@ class PreferenceCollator:
                 groups += [Group(prompt_c, (chosen,)), Group(prompt_r, (rejected,))]
         packed = pack(groups, share=self.packing == "prefix")
         num_pairs = len(pairs)
-        # Completions are numbered chosen 0, rejected 0, chosen 1, ...; sequences chosen 0, chosen 1, ..., rejected 0, ...
+        # Completions are numbered chosen 0, rejected 0, chosen 1, ...; sequences all chosen first, then all rejected.
         pair_ids, is_rejected = packed.completion_ids // 2, packed.completion_ids % 2
         return PreferenceBatch(
             packing=self.packing,

@@ -92,12 +92,13 @@ class ReferenceCache:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        rows = [np.asarray(value, dtype=np.float32) for value in values.values()]
         table = pa.table(
             {
                 "key": pa.array(list(values), type=pa.binary(16)),
-                "logps": pa.array([np.asarray(v, dtype=np.float32) for v in values.values()], type=pa.list_(pa.float32())),
+                "logps": pa.array(rows, type=pa.list_(pa.float32())),
             }
-        )  # fmt: skip
+        )
         name = f"shard-{time.time_ns():020d}-{secrets.token_hex(4)}.parquet"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ class ReferenceCache:
                 "free space or name another folder. What was written before is kept."
             ) from error
         self._read_shards.add(name)
-        self._values.update((key, np.asarray(value, dtype=np.float32)) for key, value in values.items())
+        self._values.update(zip(values, rows, strict=True))
 
     def _write(self, name: str, write: Any) -> None:
         temporary = self.path / f".{name}.{secrets.token_hex(4)}.tmp"
@@ -172,8 +173,10 @@ class ReferenceCache:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged; restore it or name another folder.") from None
         if version != FORMAT:
-            raise UserError(f"{self.path} is a reference cache of format {version}; this fastdpo reads format {FORMAT}. "
-                            "Name another folder.")  # fmt: skip
+            raise UserError(
+                f"{self.path} is a reference cache of format {version}, and this fastdpo reads format {FORMAT}; "
+                "name another folder."
+            )
         return manifest
 
     def _check_fingerprint(self, wanted: Mapping[str, str] | None) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from fastdpo.attention import BACKENDS
 from fastdpo.losses import WeightedLosses, resolve_losses
@@ -34,13 +35,14 @@ class DPOConfig(TrainingArguments):
     """TrainingArguments with what preference training adds.
 
     Defaults that differ from TrainingArguments are TRL's: learning_rate 1e-6, logging_steps 10, gradient_checkpointing
-    True, bf16 True unless fp16. An option that cannot be honoured raises ValueError here, not in the middle of a run.
+    True, bf16 unless fp16 (on a machine without bfloat16, where TRL raises, float32). An option that cannot be honoured
+    raises ValueError here, not in the middle of a run.
     """
 
     learning_rate: float = _help("Peak learning rate of AdamW.", 1e-6)
     logging_steps: float = _help("Log every so many steps; below 1, a share of all steps.", 10)
     gradient_checkpointing: bool = _help("Recompute activations in the backward to save memory.", True)
-    bf16: bool | None = _help("Mixed precision in bfloat16; unset, on unless fp16 is.", None)
+    bf16: bool | None = _help("Mixed precision in bfloat16; unset, on where the GPU has it, unless fp16 is.", None)
 
     loss_type: list[str] = _help("Losses, by name; several are added up.", default_factory=lambda: ["sigmoid"])
     loss_weights: list[float] | None = _help("A weight for each of several losses.", None)
@@ -82,15 +84,26 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
-        if self.pad_to_multiple_of == "auto":
-            self.pad_to_multiple_of = None
-        if isinstance(self.pad_to_multiple_of, str):  # the command line passes text
-            self.pad_to_multiple_of = int(self.pad_to_multiple_of)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        # Newer transformers call it activation_checkpointing; the older name, which scripts use, stays good.
+        for new, old in (
+            ("activation_checkpointing", "gradient_checkpointing"),
+            ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        ):
+            if getattr(self, new, old) is None:
+                setattr(self, new, getattr(self, old))
         if self.ref_logps is not None:
             self.precompute_ref_log_probs = True
         self._check()
         super().__post_init__()
+
+    @property
+    def padding_multiple(self) -> int | None:
+        """`pad_to_multiple_of` as a number; "auto" pads to the longest."""
+        if self.pad_to_multiple_of is None or str(self.pad_to_multiple_of).lower() in ("auto", "none"):
+            return None
+        return int(self.pad_to_multiple_of)
 
     def losses(self) -> WeightedLosses:
         """The losses with their options; raises ValueError where they do not fit."""

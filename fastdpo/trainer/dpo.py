@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
@@ -35,8 +35,6 @@ from fastdpo.trainer.metrics import MetricSums, Throughput, step_flops
 from fastdpo.types import LossOutput, UserError
 
 logger = logging.getLogger(__name__)
-
-Datasets = Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | list | None
 
 
 class DPOTrainer(Trainer):
@@ -57,14 +55,18 @@ class DPOTrainer(Trainer):
         ValueError: options, data or model that do not fit together; before any training.
     """
 
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: list[str] | None
+
     def __init__(
         self,
         model: Any,
         ref_model: Any = None,
         args: DPOConfig | None = None,
         data_collator: Any = None,
-        train_dataset: Datasets = None,
-        eval_dataset: Datasets = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: Any = None,
         compute_metrics: Any = None,
         callbacks: list[Any] | None = None,
@@ -121,7 +123,7 @@ class DPOTrainer(Trainer):
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 pad_token_id=processing_class.pad_token_id or 0,
-                pad_to_multiple_of=args.pad_to_multiple_of,
+                pad_to_multiple_of=args.padding_multiple,
             )
         self._prepare_reference()
         _install_loss(inner, self._batch_loss)
@@ -324,8 +326,9 @@ class DPOTrainer(Trainer):
             if self._ref_cache is not None and not _has_reference(eval_dataset):
                 if self.state.global_step and self.ref_model is None and not hasattr(self.model, "disable_adapter"):
                     raise ValueError(
-                        "the reference of this new evaluation set cannot be computed: with precompute_ref_log_probs=True "
-                        "and no ref_model, the reference was the policy before training. Pass the set to the constructor."
+                        "the reference of this new evaluation set cannot be computed any more: with "
+                        "precompute_ref_log_probs=True and no ref_model, it was the policy before training; "
+                        "pass the set to the constructor."
                     )
                 eval_dataset = self._with_reference(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
@@ -351,9 +354,9 @@ def _load(model: Any, args: DPOConfig, quantization_config: Any) -> Any:
 def _disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+            module.p = 0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (not every module has it)
 
 
 def _has_reference(dataset: Any) -> bool:

@@ -50,7 +50,7 @@ class Head:
 
 @dataclass
 class HeadGrads:
-    """Sums over tiles, in float32 (float64 for float64 weights): a sum of hundreds of bfloat16 products loses digits."""
+    """Sums over tiles, in float32 (float64 for float64 weights): sums of many bfloat16 products lose digits."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -133,9 +133,7 @@ def to_gradient(x: Tensor, labels: Tensor, lse: Tensor, head: Head) -> Tensor:
     return head.rows.token_logprobs_bwd(x, labels, lse, torch.ones_like(lse), out=x, **head.options)
 
 
-def tile_bwd(
-    p: Tensor, hidden: Tensor, grad: Tensor, head: Head, grads: HeadGrads, dhidden: Tensor | None
-) -> None:
+def tile_bwd(p: Tensor, hidden: Tensor, grad: Tensor, head: Head, grads: HeadGrads, dhidden: Tensor | None) -> None:
     """From P~ (C, V) and g (C,): dhidden = g * (P~ @ weight), and the head's gradients."""
     g = grad.unsqueeze(1)
     if dhidden is not None:

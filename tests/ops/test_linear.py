@@ -26,7 +26,9 @@ def draw(n=37, d=16, v=131, dtype=torch.float32, bias=False, seed=0):
 @pytest.mark.parametrize("trained", ["both", "hidden", "weight", "none"])
 @pytest.mark.parametrize("rows_a_tile", [1, 7, 1000])
 @pytest.mark.parametrize(
-    "options", [{}, {"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3}, {"bias": True}], ids=["plain", "z", "bias"]
+    "options",
+    [{}, {"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3}, {"bias": True}],
+    ids=["plain", "z", "bias"],
 )
 def test_values_and_gradients(impl, trained, rows_a_tile, options):
     hidden, weight, labels, bias, grad = draw(bias=options.get("bias", False))

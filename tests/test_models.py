@@ -1,0 +1,164 @@
+"""Packed passes give each sequence exactly what it has alone."""
+
+from functools import partial
+
+import pytest
+import torch
+from tiny import naive_sequence_logps, random_rows, tiny_model
+
+import fastdpo
+from fastdpo.models import causal_lm, completion_logps, lm_head, target_hidden_states, verify_packing
+from fastdpo.packing import Group, PreferenceCollator
+from fastdpo.types import UserError
+
+PACKINGS = ["prefix", "varlen", "padded"]
+
+
+def loss_and_grads(model, rows, packing, refs):
+    model.zero_grad()
+    batch = PreferenceCollator(packing=packing)(rows)
+    hidden = target_hidden_states(model, batch)
+    head = lm_head(model)
+    out = fastdpo.linear_loss(
+        hidden, head.weight, batch.target_ids, refs,
+        sequence_ids=batch.sequence_ids, tokens_per_pair=batch.tokens_per_pair, **head.kwargs(),
+    )  # fmt: skip
+    out.loss.backward()
+    return out.loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_loss_and_all_gradients_equal_separate_sequences(kind, packing, dtype, tolerance):
+    model = tiny_model(kind, dtype)
+    rows = random_rows(5, seed=1)
+    refs = -30 * torch.rand(10, dtype=dtype)
+    loss, grads = loss_and_grads(model, rows, packing, refs)
+    model.zero_grad()
+    chosen, rejected = naive_sequence_logps(model, rows).view(2, -1)
+    margin = 0.1 * ((chosen - refs[:5]) - (rejected - refs[5:]))
+    exact = -torch.nn.functional.logsigmoid(margin).mean()
+    exact.backward()
+    assert abs(loss - exact) <= tolerance * max(1, abs(exact))
+    for name, parameter in model.named_parameters():
+        scale = parameter.grad.abs().max()
+        assert (grads[name] - parameter.grad).abs().max() <= tolerance * max(1.0, scale), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_prefix_equals_padded_in_float32(kind):
+    model, rows = tiny_model(kind), random_rows(8, seed=2, prompt=(3, 20), answer=(1, 15))
+    refs = -30 * torch.rand(16)
+    (loss_a, grads_a), (loss_b, grads_b) = (loss_and_grads(model, rows, p, refs) for p in ("prefix", "padded"))
+    assert abs(loss_a - loss_b) <= 2e-6 * max(1, abs(loss_b))
+    for name, grad in grads_b.items():
+        assert (grads_a[name] - grad).norm() <= 1e-5 * max(1e-3, grad.norm()), name
+
+
+def test_sliding_window():
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    rows = random_rows(4, seed=3, prompt=(2, 14), answer=(2, 12))
+    exact = naive_sequence_logps(model, rows)
+    for packing in PACKINGS:
+        ours = fastdpo.sequence_logps(model, PreferenceCollator(packing=packing)(rows))
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, rows, refs = tiny_model(), random_rows(4), torch.zeros(8)
+    model.train()
+    _, plain = loss_and_grads(model, rows, "prefix", refs)
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    _, checkpointed = loss_and_grads(model, rows, "prefix", refs)
+    for name, grad in plain.items():
+        torch.testing.assert_close(checkpointed[name], grad)
+
+
+def test_a_pair_does_not_see_the_others():
+    model = tiny_model(dtype=torch.float64)
+    rows, others = random_rows(3, seed=4), random_rows(3, seed=5)
+    collator = PreferenceCollator(packing="prefix")
+    first = fastdpo.sequence_logps(model, collator([rows[0], *others]))
+    second = fastdpo.sequence_logps(model, collator([rows[0], *rows[1:]]))
+    torch.testing.assert_close(first[[0, 4]], second[[0, 3]], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_edges_of_length(packing):
+    """One-token prompts and answers, equal answers, an empty prompt."""
+    model = tiny_model(dtype=torch.float64)
+    rows = [
+        {"prompt_ids": [5], "chosen_ids": [7], "rejected_ids": [8]},
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [7, 8, 9]},
+        {"prompt_ids": [], "chosen_ids": [7, 8, 9], "rejected_ids": [9, 4]},
+    ]
+    ours = fastdpo.sequence_logps(model, PreferenceCollator(packing=packing)(rows))
+    torch.testing.assert_close(ours, naive_sequence_logps(model, rows), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_completion_logps_of_many_completions(packing):
+    model = tiny_model(dtype=torch.float64)
+    groups = [Group([3, 4, 5], [[6, 7], [8], [9, 10, 11]]), Group([12], [[13, 14]])]
+    scored = completion_logps(model, groups, packing=packing)
+    assert [len(values) for values in scored] == [2, 1, 3, 2]
+    rows = [{"prompt_ids": g.prompt, "chosen_ids": c, "rejected_ids": c} for g in groups for c in g.completions]
+    exact = naive_sequence_logps(model, rows)[:4]
+    torch.testing.assert_close(torch.stack([values.sum() for values in scored]), exact, rtol=1e-10, atol=1e-10)
+
+
+def test_generation_still_works_after_a_packed_pass():
+    model = tiny_model()
+    prompt = torch.tensor([[5, 6, 7, 8], [2, 2, 9, 10]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
+    before = model.generate(prompt, **options)
+    verify_packing(model, "prefix")
+    assert model.config._attn_implementation == "fastdpo"
+    assert torch.equal(model.generate(prompt, **options), before)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_verify_packing_accepts_what_is_right(packing):
+    verify_packing(tiny_model(), packing)
+    verify_packing(tiny_model("gpt2"), packing)
+
+
+def test_verify_packing_refuses_what_it_cannot_pack():
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    model = AutoModelForCausalLM.from_config(
+        BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    )
+    for packing in ("prefix", "varlen"):
+        with pytest.raises(UserError, match="only 0 of its 2 layers"):
+            verify_packing(model, packing)
+    verify_packing(model, "padded")
+
+
+def test_verify_packing_notices_a_head_it_does_not_know():
+    model = tiny_model()
+    original = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 3.0 * original(hidden)
+    with pytest.raises(UserError, match="does not give the log-probs"):
+        verify_packing(model, "padded")
+
+
+def test_a_model_without_head():
+    from transformers import AutoModel, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    with pytest.raises(UserError, match="no language-model head"):
+        causal_lm(AutoModel.from_config(config))

@@ -1,0 +1,117 @@
+"""What importing costs and touches; who may import whom; what ships."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fastdpo"
+
+# Each line may import those above it, and itself.
+ORDER = [
+    {"fastdpo_kernels", "types"},
+    {"ops", "losses", "data"},
+    {"packing"},
+    {"attention"},
+    {"functional", "models"},
+    {"reference", "evaluation"},
+    {"trainer"},
+    {"report", "progress", "demo"},
+    {"run"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
+
+
+def python(code, **options):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, **options)
+
+
+def test_import_is_quick_and_light():
+    out = python(
+        "import sys, time; began = time.perf_counter(); import fastdpo; bare = time.perf_counter() - began; "
+        "fastdpo.loss, fastdpo.linear_loss, fastdpo.PreferenceCollator; "
+        "print(bare, 'triton' in sys.modules, 'transformers' in sys.modules)"
+    )
+    seconds, *heavy = out.stdout.split()
+    assert heavy == ["False", "False"]
+    assert float(seconds) < 2.0
+
+
+def test_trainer_of_transformers_imports_from_the_root():
+    python("from transformers import Trainer")
+
+
+def test_fastdpo_loss_stays_a_function():
+    python(
+        "import fastdpo, fastdpo.losses, fastdpo.functional, fastdpo.reference; from types import FunctionType; "
+        "assert isinstance(fastdpo.loss, FunctionType) and isinstance(fastdpo.precompute, FunctionType)"
+    )
+    assert not (PACKAGE / "loss.py").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_public_name_is_there():
+    import fastdpo
+
+    for name in fastdpo.__all__:
+        assert getattr(fastdpo, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'dpo'"):
+        _ = fastdpo.dpo
+
+
+def imports(path):
+    """(part, line) of every fastdpo import in a file, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [f"{node.module}.{alias.name}" if node.module == "fastdpo" else node.module for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "fastdpo_kernels":
+                yield "fastdpo_kernels", node.lineno
+            elif parts[0] == "fastdpo" and len(parts) > 1:
+                yield parts[1], node.lineno
+
+
+def test_imports_go_one_way():
+    files = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+    assert len(files) > 30
+    for path in files:
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for part, line in imports(path):
+            where = f"{path.relative_to(ROOT)}:{line} imports {part}"
+            assert part in LEVEL and own in LEVEL, where
+            assert part == own or LEVEL[part] < LEVEL[own], where
+            assert part != "fastdpo_kernels" or own == "ops", where
+
+
+def test_kernels_need_torch_and_triton_only():
+    for path in (ROOT / "kernels" / "fastdpo_kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                top = name.split(".")[0]
+                assert top in {"torch", "triton", "fastdpo_kernels"} or top in sys.stdlib_module_names, (path, name)
+
+
+def test_the_demo_data():
+    from fastdpo.data import read_rows, validate_rows
+    from fastdpo.demo import HELD_OUT_FILE, TRAIN_FILE
+
+    (train, places), (held_out, more) = read_rows(TRAIN_FILE), read_rows(HELD_OUT_FILE)
+    validate_rows(train + held_out, places + more)
+    assert len(train) == 160 and len(held_out) == 48
+    texts = [json.dumps(row["prompt"]) for row in train + held_out]
+    assert len(set(texts)) == 208
