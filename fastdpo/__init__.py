@@ -18,6 +18,7 @@ _HOME = {
     "preference_loss": "fastdpo.functional",
     "LossOutput": "fastdpo.types",
     "IGNORE_INDEX": "fastdpo.types",
+    "batch_loss": "fastdpo.models",
     "sequence_logps": "fastdpo.models",
     "PreferenceBatch": "fastdpo.packing",
     "PreferenceCollator": "fastdpo.packing",
@@ -44,7 +45,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from fastdpo.functional import linear_loss, linear_token_logps, loss, preference_loss, token_logps
-    from fastdpo.models import sequence_logps
+    from fastdpo.models import batch_loss, sequence_logps
     from fastdpo.packing import PreferenceBatch, PreferenceCollator
     from fastdpo.reference import ReferenceCache, precompute
     from fastdpo.trainer import DPOConfig, DPOTrainer

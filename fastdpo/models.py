@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastdpo.attention import count_packed_layers, packed_forward
-from fastdpo.ops import linear_token_logps
+from fastdpo.functional import linear_loss, linear_token_logps
 from fastdpo.packing import Group, PreferenceBatch, PreferenceCollator, pack, pad
-from fastdpo.types import UserError
+from fastdpo.types import LossOutput, UserError
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,37 @@ def sequence_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str
     head = lm_head(inner)
     logps = linear_token_logps(hidden, head.weight, batch.target_ids, **head.kwargs())
     return logps.new_zeros(2 * batch.num_pairs).index_add(0, batch.sequence_ids, logps)
+
+
+def batch_loss(
+    model: Any,
+    batch: PreferenceBatch,
+    ref_logps: Tensor | None = None,
+    *,
+    attention_backend: str = "auto",
+    **options: Any,
+) -> LossOutput:
+    """The preference loss of a batch from PreferenceCollator: backbone once, completion tokens through `linear_loss`.
+
+    Args:
+        model: a transformers causal language model, plain or with PEFT adapters.
+        batch: on the model's device (`batch.to(device)`).
+        ref_logps: (2B,), chosen first; default: those that the batch carries.
+        options: of `linear_loss`: beta, loss_type, label_smoothing, reduction, memory_budget, ...
+    """
+    inner = causal_lm(model)
+    hidden = target_hidden_states(inner, batch, attention_backend=attention_backend)
+    head = lm_head(inner)
+    return linear_loss(
+        hidden,
+        head.weight,
+        batch.target_ids,
+        batch.get("ref_logps") if ref_logps is None else ref_logps,
+        sequence_ids=batch.sequence_ids,
+        tokens_per_pair=batch.tokens_per_pair,
+        **head.kwargs(),
+        **options,
+    )
 
 
 # How far a packed log-prob may lie from the model's own, in nats a token, by the dtype of the arithmetic.

@@ -34,6 +34,7 @@ def write_report(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     logged = [entry for entry in log_history if "rewards/margins" in entry]
     steps = [entry["step"] for entry in logged]
@@ -53,6 +54,7 @@ def write_report(
             axis.plot(steps, [entry[key] for entry in logged], color=colour, label=label, marker=".", linewidth=1.5)
         axis.set_title(heading)
         axis.set_xlabel("optimizer step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend(frameon=False)

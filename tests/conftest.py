@@ -39,3 +39,21 @@ def nan_filled_memory():
 def private_cache(tmp_path_factory, monkeypatch):
     """Reference log-probs of a test go to a folder of its own."""
     monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path_factory.mktemp("fastdpo-cache")))
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory):
+    """The demo's model as safetensors, converted once for all workers of this run (`make test` installs it)."""
+    import importlib.util
+
+    from filelock import FileLock
+
+    from fastdpo.demo import GGUF_PACKAGE, prepare_model
+
+    if importlib.util.find_spec(GGUF_PACKAGE) is None:
+        pytest.skip("the demo's model is not installed (make test installs it)")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with FileLock(shared / "demo-model.lock"):
+        return prepare_model(shared / "demo-model")

@@ -7,7 +7,7 @@ import torch
 from tiny import naive_sequence_logps, random_rows, tiny_model
 
 import fastdpo
-from fastdpo.models import causal_lm, completion_logps, lm_head, target_hidden_states, verify_packing
+from fastdpo.models import causal_lm, completion_logps, verify_packing
 from fastdpo.packing import Group, PreferenceCollator
 from fastdpo.types import UserError
 
@@ -17,12 +17,7 @@ PACKINGS = ["prefix", "varlen", "padded"]
 def loss_and_grads(model, rows, packing, refs):
     model.zero_grad()
     batch = PreferenceCollator(packing=packing)(rows)
-    hidden = target_hidden_states(model, batch)
-    head = lm_head(model)
-    out = fastdpo.linear_loss(
-        hidden, head.weight, batch.target_ids, refs,
-        sequence_ids=batch.sequence_ids, tokens_per_pair=batch.tokens_per_pair, **head.kwargs(),
-    )  # fmt: skip
+    out = fastdpo.batch_loss(model, batch, refs)
     out.loss.backward()
     return out.loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 

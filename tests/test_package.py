@@ -13,11 +13,12 @@ PACKAGE = ROOT / "fastdpo"
 
 # Each line may import those above it, and itself.
 ORDER = [
-    {"fastdpo_kernels", "types"},
+    {"fastdpo_kernels", "types", "device"},
     {"ops", "losses", "data"},
     {"packing"},
     {"attention"},
-    {"functional", "models"},
+    {"functional"},
+    {"models"},
     {"reference", "evaluation"},
     {"trainer"},
     {"report", "progress", "demo"},

@@ -87,7 +87,10 @@ def precompute(
 
 
 def reference_columns(
-    cache: ReferenceCache, dataset: Iterable[Mapping[str, Any]], max_length: int | None, truncation_mode: str
+    cache: ReferenceCache,
+    dataset: Iterable[Mapping[str, Any]],
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
 ) -> dict[str, list[float]]:
     """{"ref_chosen_logps", "ref_rejected_logps"}: the sums of each row, from the cache."""
     collator = PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode)

@@ -5,7 +5,7 @@ What happens to a batch, top to bottom:
     PreferenceCollator   rows -> PreferenceBatch                             (fastdpo.packing)
     compute_loss         calls the model with the batch; the model's own forward, extended by `_install_loss`, runs
                          backbone, head and loss, so that wrappers (DDP, FSDP, autocast) see one forward
-    linear_loss          completion tokens -> log-probs -> loss              (fastdpo.functional)
+    batch_loss           completion tokens -> log-probs -> loss              (fastdpo.models, fastdpo.functional)
     log                  metrics summed on the device are read once          (fastdpo.trainer.metrics)
 """
 
@@ -23,8 +23,7 @@ from datasets import IterableDataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from fastdpo.functional import linear_loss
-from fastdpo.models import causal_lm, lm_head, sequence_logps, target_hidden_states, verify_packing
+from fastdpo.models import batch_loss, causal_lm, sequence_logps, verify_packing
 from fastdpo.packing import PACKINGS, PreferenceBatch, PreferenceCollator
 from fastdpo.reference import precompute, reference_columns
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
@@ -225,22 +224,17 @@ class DPOTrainer(Trainer):
 
     def _batch_loss(self, model: Any, batch: PreferenceBatch, ref_logps: Tensor | None) -> LossOutput:
         """Runs inside the model's forward; `model` is the causal LM within all wrappers."""
-        hidden = target_hidden_states(model, batch, attention_backend=self.args.attention_backend)
-        head = lm_head(model)
-        return linear_loss(
-            hidden,
-            head.weight,
-            batch.target_ids,
+        return batch_loss(
+            model,
+            batch,
             ref_logps,
-            sequence_ids=batch.sequence_ids,
-            tokens_per_pair=batch.tokens_per_pair,
+            attention_backend=self.args.attention_backend,
             beta=self.args.beta,
             loss_type=self.args.loss_type,
             loss_weights=self.args.loss_weights,
             label_smoothing=self.args.label_smoothing,
             reduction="sum",
             memory_budget=self.args.memory_budget,
-            **head.kwargs(),
         )
 
     def compute_loss(

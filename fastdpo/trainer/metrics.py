@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.device import gemm_flops_per_second, peak_memory_gb
 from fastdpo.packing import PreferenceBatch
 
 
@@ -102,27 +101,3 @@ def step_flops(model: Any, batch: PreferenceBatch) -> float:
         if id(parameter) not in embeddings and parameter.dim() > 1:
             flops += parameter.numel() * (6 if parameter.requires_grad else 4) * batch["num_tokens"]
     return flops + head.numel() * (6 if head.requires_grad else 4) * batch["target_ids"].shape[0]
-
-
-def gemm_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """What this device reaches in a large square matrix product: the ceiling that MFU is a fraction of."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in GB (1e9 bytes): allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux KiB
