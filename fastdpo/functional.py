@@ -171,8 +171,8 @@ def linear_loss(
     """loss(hidden @ weight.T + bias, labels, ...), a tile of logits at a time.
 
     With reduction "mean" or "sum" and a loss that decouples per pair, the gradient is formed in the forward pass from
-    the tile in memory (6NDV FLOPs with a trainable head); `.losses` then carries no gradient, only `.loss` does. With
-    reduction "none" the tiles are formed again in the backward (8NDV).
+    the tile in memory (6NDV FLOPs with a trainable head). Then `.losses` carries no gradient, only `.loss` does, and a
+    second backward through the same graph raises. With reduction "none" the backward forms the tiles again (8NDV).
 
     Args:
         hidden: padded (2B, T, D) or packed (N, D), as `logits` in `loss`.

@@ -100,6 +100,12 @@ def load_model(path: str, dtype: Any) -> tuple[Any, Any]:
             f"{path} lacks {len(info['missing_keys'])} of the weights of {type(model).__name__} "
             f"({sorted(info['missing_keys'])[0]}, ...); give the folder of a whole causal language model."
         )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{path}: the tokenizer knows {len(tokenizer)} tokens and the model has embeddings for {rows}; "
+            "save the tokenizer that belongs to the model, or call model.resize_token_embeddings before saving."
+        )
     return model, tokenizer
 
 

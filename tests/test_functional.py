@@ -97,6 +97,14 @@ def test_frozen_head_gives_hidden_gradients_only():
     torch.testing.assert_close(got, torch.autograd.grad(truth(hidden, weight, labels, refs).mean(), hidden)[0])
 
 
+def test_a_second_backward_through_linear_loss_raises():
+    hidden, weight, labels, refs = problem()
+    out = fastdpo.linear_loss(hidden, weight, labels, refs)
+    out.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss.backward()
+
+
 def test_token_metrics():
     hidden, weight, labels, refs = problem()
     logits = (hidden @ weight.T).detach()

@@ -74,7 +74,10 @@ def attention_forward(
             )
     if attention_mask is not None:
         raise ValueError("packed attention takes no attention_mask: the layout says what each token sees.")
-    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # (T, H, d)
+    dtype = value.dtype
+    if torch.is_autocast_enabled(value.device.type):  # variable-length kernels are no autocast operations
+        dtype = torch.get_autocast_dtype(value.device.type)
+    query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))  # (T, H, d)
     if packed_layout.kv_index is not None:
         key, value = key.index_select(0, packed_layout.kv_index), value.index_select(0, packed_layout.kv_index)
     backend = select_backend(attention_backend, query.device, query.dtype)

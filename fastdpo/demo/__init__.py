@@ -55,9 +55,14 @@ def prepare_model(folder: Path | None = None) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading the demo's model needs the package gguf; run `pip install gguf`.")
     print(f"converting {MODEL_NAME} to safetensors, once, into {folder}", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Into a folder beside it, then renamed: an interrupted conversion leaves nothing that looks finished.
-    temporary = Path(tempfile.mkdtemp(prefix=f".{MODEL_NAME}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Into a folder beside it, then renamed: an interrupted conversion leaves nothing that looks finished.
+        temporary = Path(tempfile.mkdtemp(prefix=f".{MODEL_NAME}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent} cannot be written ({error.strerror}); set FASTDPO_CACHE to a folder that can."
+        ) from None
     try:
         _convert(Path(spec.origin).parent, temporary)
         if folder.exists():

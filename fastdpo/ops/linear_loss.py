@@ -139,13 +139,13 @@ class FusedPairLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        dhidden, dweight, dbias = ctx.saved_tensors
-        if dhidden is not None:
-            dhidden = dhidden * grad_loss.to(dhidden.dtype)
+        # Scaled where they stand: a second float32 copy of a head's gradient can be gigabytes. Autograd sees it,
+        # so a second backward through the same graph raises instead of scaling twice.
+        dhidden, dweight, dbias = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
         if dweight is not None:
-            dweight = (dweight * grad_loss).to(ctx.dtypes[0])
+            dweight = dweight.to(ctx.dtypes[0])
         if dbias is not None:
-            dbias = (dbias * grad_loss).to(ctx.dtypes[1])
+            dbias = dbias.to(ctx.dtypes[1])
         return (dhidden, dweight, dbias, *[None] * 8)
 
 

@@ -49,6 +49,7 @@ def precompute(
     if not isinstance(cache, ReferenceCache):
         fingerprint = model_fingerprint(causal_lm(model), autocast_dtype)
         cache = ReferenceCache(cache if cache is not None else default_cache_dir(fingerprint), fingerprint)
+    cache.reload()  # another process may have added to the folder since
     collator = PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode)
     wanted: dict[tuple[int, ...], dict[bytes, Sequence[int]]] = {}
     sequences = 0

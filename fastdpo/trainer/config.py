@@ -97,6 +97,11 @@ class DPOConfig(TrainingArguments):
             self.precompute_ref_log_probs = True
         self._check()
         super().__post_init__()
+        # One process would read the batches of a streamed data set and cut them up for the others, by their first
+        # dimension: a packed row cannot be cut so. Every process reads its own share instead.
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError("dispatch_batches=True would cut packed rows apart; leave it out of accelerator_config.")
+        self.accelerator_config.dispatch_batches = False
 
     @property
     def padding_multiple(self) -> int | None:

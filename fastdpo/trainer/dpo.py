@@ -169,7 +169,8 @@ class DPOTrainer(Trainer):
             )
         assert self._ref_cache is not None
         reference = self.ref_model if self.ref_model is not None else self.model
-        with self._adapters_off():
+        # One process computes; the others then find everything in the folder.
+        with self.accelerator.main_process_first(), self._adapters_off():
             precompute(
                 reference,
                 dataset,
@@ -198,7 +199,7 @@ class DPOTrainer(Trainer):
         training = reference.training
         reference.eval()
         try:
-            with torch.no_grad(), self._adapters_off():
+            with torch.no_grad(), self._adapters_off(), self.accelerator.autocast():
                 return sequence_logps(reference, batch, attention_backend=self.args.attention_backend)
         finally:
             reference.train(training)
@@ -206,14 +207,20 @@ class DPOTrainer(Trainer):
     # The loss
 
     def _choose_packing(self, inner: Any) -> str:
+        """The wanted packing, or for "auto" the first one that gives this model's own log-probs."""
+
+        def verify(packing: str) -> None:
+            with self.accelerator.autocast():
+                verify_packing(inner, packing, attention_backend=self.args.attention_backend)
+
         wanted = self.args.packing
         if wanted != "auto":
-            verify_packing(inner, wanted, attention_backend=self.args.attention_backend)
+            verify(wanted)
             return wanted
         refusals = []
         for packing in PACKINGS:
             try:
-                verify_packing(inner, packing, attention_backend=self.args.attention_backend)
+                verify(packing)
             except UserError as error:
                 refusals.append(str(error))
                 continue

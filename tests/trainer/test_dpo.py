@@ -189,6 +189,37 @@ def test_lora_takes_its_base_as_reference_and_the_frozen_head(tmp_path, precompu
     assert not base.lm_head.weight.requires_grad or model.get_output_embeddings().weight.grad is None
 
 
+@pytest.mark.parametrize("how", ["online", "precomputed"])
+def test_mixed_precision_starts_at_the_reference(tmp_path, how):
+    """Policy and reference run in the same arithmetic, so that the first loss is log 2 in bfloat16, too."""
+    run = trainer(tmp_path, bf16=True, max_steps=1, precompute_ref_log_probs=how == "precomputed", beta=1.0)
+    run.train()
+    assert losses_of(run) == pytest.approx([0.693147], abs=2e-3)
+
+
+def test_a_model_in_bfloat16_trains(tmp_path):
+    run = trainer(tmp_path, tiny_model().bfloat16(), random_rows(4), max_steps=8, learning_rate=3e-3)
+    run.train()
+    assert losses_of(run)[-1] < 0.6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_data(tmp_path, workers):
+    from datasets import IterableDataset
+
+    rows = random_rows(8)
+    streamed = IterableDataset.from_generator(lambda: iter(rows))
+    run = trainer(tmp_path, rows=streamed, max_steps=3, dataloader_num_workers=0)
+    listed = trainer(
+        tmp_path, rows=rows, max_steps=3, dataloader_num_workers=workers, train_sampling_strategy="sequential"
+    )
+    run.train()
+    listed.train()
+    assert losses_of(run) == pytest.approx(losses_of(listed), rel=1e-5)
+    with pytest.raises(ValueError, match="this one is streamed"):
+        trainer(tmp_path, rows=streamed, precompute_ref_log_probs=True)
+
+
 def test_dropout_is_off_unless_asked_for(tmp_path):
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     trainer(tmp_path, model)

@@ -1,0 +1,39 @@
+"""One rank of test_distributed: trains a tiny model and writes the curve; started by torch.distributed.run or alone."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tiny import random_rows, tiny_model, word_tokenizer
+
+from fastdpo import DPOConfig, DPOTrainer
+
+torch.set_num_threads(1)
+folder, precompute = Path(sys.argv[1]), sys.argv[2] == "precompute"
+trainer = DPOTrainer(
+    tiny_model(),
+    args=DPOConfig(
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", 1)),
+        max_steps=4,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        precompute_ref_log_probs=precompute,
+    ),
+    train_dataset=random_rows(32),
+    processing_class=word_tokenizer(),
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    names = ("loss", "grad_norm", "rewards/margins", "logps/chosen")
+    logs = [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
+    (folder / "curve.json").write_text(json.dumps(logs))
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
