@@ -25,7 +25,8 @@ def attend(
     query sees, itself counted. Returns (T, H, d).
     """
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # on a CPU, PyTorch's own grouped-query path is several times slower than repeated keys
+    grouped = groups > 1 and query.device.type == "cpu"  # there the fast kernel reads each key head for its group
+    if groups > 1 and not grouped:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # Heads first: (1, H, T, d)
     query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
@@ -37,7 +38,14 @@ def attend(
         mask = _mask(layout, q.shape[2], k.shape[2], window, query.device)
         out.append(
             F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale, dropout_p=dropout
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and q.shape[2] > 1,
+                scale=scale,
+                dropout_p=dropout,
+                enable_gqa=grouped,
             )
         )
     return torch.cat(out, dim=2).squeeze(0).transpose(0, 1)
