@@ -1,10 +1,15 @@
-"""What the device at hand can do, measured; and how much memory was used. A leaf."""
+"""What the device at hand can do, measured; its memory, used and kept. A leaf."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -31,3 +36,42 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux KiB
+
+
+# Options of glibc's mallopt, from its malloc.h, and the largest values that glibc itself would settle on.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_NEVER, _LARGEST_TRIM, _LARGEST_MMAP = -1, 64 << 20, 32 << 20
+_keepers = 0
+
+
+@contextmanager
+def freed_memory_kept(device: torch.device) -> Iterator[None]:
+    """Within it, memory that PyTorch frees on a CPU stays with the process; on leaving, it goes back to the system.
+
+    glibc returns freed memory to the system at once, and every training step then faults it in again, page by page: of
+    a step of SmolLM2-135M on two cores, 0.1 of the time (1.19 -> 1.05 s a pair, means of two runs, with a peak memory
+    that stays the same). GPUs have PyTorch's own caching allocator; elsewhere than with glibc this does nothing.
+    """
+    global _keepers
+    libc = _glibc() if device.type == "cpu" else None
+    if libc is None:
+        yield
+        return
+    _keepers += 1
+    libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP)
+    try:
+        yield
+    finally:
+        _keepers -= 1
+        if not _keepers:
+            libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST_TRIM)
+            libc.malloc_trim(0)
+
+
+@lru_cache(None)
+def _glibc() -> Any:
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "mallopt") else None

@@ -137,7 +137,7 @@ def run(model: Any, tokenizer: Any, data: RunData, args: Any, *, title: str) -> 
     before, answers_before = look("before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after, answers_after = look("after")
-    trainer.save_model(args.output_dir)
+    _save(trainer, args.output_dir)
 
     history = trainer.state.log_history
     summary = {
@@ -151,6 +151,8 @@ def run(model: Any, tokenizer: Any, data: RunData, args: Any, *, title: str) -> 
         "speed": speed_summary(history),
         "seconds": time.perf_counter() - started,
     }
+    if not trainer.is_world_process_zero():
+        return summary
     output = Path(args.output_dir)
     (output / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_report(
@@ -158,6 +160,17 @@ def run(model: Any, tokenizer: Any, data: RunData, args: Any, *, title: str) -> 
     )
     print(describe(summary, output))
     return summary
+
+
+def _save(trainer: Any, folder: str) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        trainer.save_model(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: the trained model could not be saved ({error}); free space and train again."
+        ) from error
 
 
 def _tokenized(rows: Sequence[dict[str, Any]], tokenizer: Any, args: Any) -> list[dict[str, Any]]:

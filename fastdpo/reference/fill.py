@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from fastdpo.device import freed_memory_kept
 from fastdpo.models import causal_lm, completion_logps
 from fastdpo.packing import Group, PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
@@ -52,34 +53,32 @@ def precompute(
     cache.reload()  # another process may have added to the folder since
     collator = PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode)
     wanted: dict[tuple[int, ...], dict[bytes, Sequence[int]]] = {}
-    sequences = 0
     for row in dataset:
         for prompt, completion in collator.sequences(row):
             key = sequence_key(prompt, completion)
-            sequences += 1
             if key not in cache:
                 wanted.setdefault(tuple(prompt), {})[key] = completion
     missing = sum(len(group) for group in wanted.values())
     bar = tqdm(total=missing, desc="reference log-probs", unit="seq", disable=not progress or not missing)
     device = next(causal_lm(model).parameters()).device
     budget = max_tokens or TOKENS_PER_PASS.get(device.type, 8192)
-    pending: dict[bytes, np.ndarray] = {}
-    passes, tokens = 0, 0
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
+    pending: dict[bytes, np.ndarray] = {}
+    tokens = 0
     training = model.training
     model.eval()
     try:
-        for groups, keys in _passes(wanted, budget, batch_size):
-            with autocast:
-                logps = completion_logps(model, groups, packing=packing, attention_backend=attention_backend)
-            pending.update((key, values.numpy()) for key, values in zip(keys, logps, strict=True))
-            tokens += sum(len(group.prompt) + sum(map(len, group.completions)) for group in groups)
-            bar.update(len(keys))
-            bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):,.0f} tokens/s", refresh=False)
-            passes += 1
-            if passes % PASSES_PER_SHARD == 0:
-                cache.add(pending)
-                pending = {}
+        with freed_memory_kept(device):
+            for number, (groups, keys) in enumerate(_passes(wanted, budget, batch_size), start=1):
+                with autocast:
+                    logps = completion_logps(model, groups, packing=packing, attention_backend=attention_backend)
+                pending.update((key, values.numpy()) for key, values in zip(keys, logps, strict=True))
+                tokens += sum(len(group.prompt) + sum(map(len, group.completions)) for group in groups)
+                bar.update(len(keys))
+                bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):,.0f} tokens/s", refresh=False)
+                if number % PASSES_PER_SHARD == 0:
+                    cache.add(pending)
+                    pending = {}
     finally:
         model.train(training)
         cache.add(pending)  # also when interrupted: what is computed is kept

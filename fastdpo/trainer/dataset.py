@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
 
 from fastdpo.data import tokenize_row
 from fastdpo.data.validate import row_problem
@@ -24,29 +25,16 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> An
         DataError: a row that cannot be used, or no row left.
     """
     if isinstance(dataset, list):
-        if not dataset:
-            raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
-        dataset = Dataset.from_list(dataset)
-
-    def tokenize(row: dict[str, Any], number: int) -> dict[str, Any]:
-        problem = row_problem({key: value for key, value in row.items() if value is not None})
-        if problem is not None:
-            raise DataError(f"{name} data set, row {number}: {problem}")
-        return tokenize_row(row, tokenizer)
-
-    def has_answer(row: dict[str, Any]) -> bool:
-        return len(row["prompt_ids"]) < args.max_length
-
-    options: dict[str, Any] = {"with_indices": True}
-    if isinstance(dataset, Dataset):
-        options |= {"num_proc": args.dataset_num_proc, "desc": f"tokenizing {name}"}
-    columns = dataset.column_names
-    if columns is None:  # a streamed data set learns its columns from its first row
-        columns = list(next(iter(dataset)))
-    dataset = dataset.map(tokenize, remove_columns=[column for column in columns if column not in _KEPT], **options)
+        dataset = _from_list(dataset, tokenizer, name, progress=not args.disable_tqdm)
+    else:
+        dataset = _from_dataset(dataset, tokenizer, name, args.dataset_num_proc)
     if args.max_length is None or args.truncation_mode != "keep_start":
         return dataset
-    # keep_start would leave nothing of these rows' answers.
+
+    def has_answer(row: dict[str, Any]) -> bool:
+        """keep_start would leave nothing of the answers of a row whose prompt fills max_length."""
+        return len(row["prompt_ids"]) < args.max_length
+
     if isinstance(dataset, IterableDataset):
         return dataset.filter(has_answer)
     kept = dataset.filter(has_answer, desc=f"checking lengths of {name}")
@@ -60,3 +48,32 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> An
         raise DataError(f"no row of the {name} data set is left: every prompt fills max_length={args.max_length}; "
                         "raise max_length or set truncation_mode='keep_end'.")  # fmt: skip
     return kept
+
+
+def _from_list(rows: list[dict[str, Any]], tokenizer: Any, name: str, progress: bool) -> Dataset:
+    """Row by row: a list may mix text, messages and columns of any kind, which a table of rows could not hold."""
+    if not rows:
+        raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
+    bar = tqdm(rows, desc=f"tokenizing {name}", unit="row", disable=not progress, leave=False)
+    return Dataset.from_list([_tokenized(row, number, tokenizer, name) for number, row in enumerate(bar)])
+
+
+def _from_dataset(dataset: Any, tokenizer: Any, name: str, num_proc: int | None) -> Any:
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
+    columns = dataset.column_names
+    if columns is None:  # a streamed data set learns its columns from its first row
+        columns = list(next(iter(dataset)))
+    options: dict[str, Any] = {"fn_kwargs": {"tokenizer": tokenizer, "name": name}, "with_indices": True}
+    if isinstance(dataset, Dataset):
+        options |= {"num_proc": num_proc, "desc": f"tokenizing {name}"}
+    return dataset.map(_tokenized, remove_columns=[column for column in columns if column not in _KEPT], **options)
+
+
+def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str) -> dict[str, Any]:
+    row = {key: value for key, value in row.items() if value is not None}  # tables fill missing fields with None
+    problem = row_problem(row)
+    if problem is not None:
+        raise DataError(f"{name} data set, row {number} (counted from 0): {problem}")
+    references = {key: row[key] for key in REF_COLUMNS if key in row}
+    return {**tokenize_row(row, tokenizer), **references}

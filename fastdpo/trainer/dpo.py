@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import types
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -23,6 +24,7 @@ from datasets import IterableDataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from fastdpo.device import freed_memory_kept
 from fastdpo.models import batch_loss, causal_lm, sequence_logps, verify_packing
 from fastdpo.packing import PACKINGS, PreferenceBatch, PreferenceCollator
 from fastdpo.reference import precompute, reference_columns
@@ -125,7 +127,7 @@ class DPOTrainer(Trainer):
                 pad_to_multiple_of=args.padding_multiple,
             )
         self._prepare_reference()
-        _install_loss(inner, self._batch_loss)
+        _install_loss(inner)
 
     # The reference
 
@@ -229,20 +231,16 @@ class DPOTrainer(Trainer):
             return packing
         raise UserError(f"no way of packing suits this model: {' '.join(refusals)}")
 
-    def _batch_loss(self, model: Any, batch: PreferenceBatch, ref_logps: Tensor | None) -> LossOutput:
-        """Runs inside the model's forward; `model` is the causal LM within all wrappers."""
-        return batch_loss(
-            model,
-            batch,
-            ref_logps,
-            attention_backend=self.args.attention_backend,
-            beta=self.args.beta,
-            loss_type=self.args.loss_type,
-            loss_weights=self.args.loss_weights,
-            label_smoothing=self.args.label_smoothing,
-            reduction="sum",
-            memory_budget=self.args.memory_budget,
-        )
+    def _loss_options(self) -> dict[str, Any]:
+        return {
+            "attention_backend": self.args.attention_backend,
+            "beta": self.args.beta,
+            "loss_type": self.args.loss_type,
+            "loss_weights": self.args.loss_weights,
+            "label_smoothing": self.args.label_smoothing,
+            "reduction": "sum",
+            "memory_budget": self.args.memory_budget,
+        }
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -254,7 +252,7 @@ class DPOTrainer(Trainer):
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None and self._losses.needs_reference:
             ref_logps = self._online_reference(inputs)
-        output = model(preference_batch=inputs, ref_logps=ref_logps)
+        output = model(preference_batch=inputs, ref_logps=ref_logps, loss_options=self._loss_options())
         mode = "train" if model.training else "eval"
         mean = output.losses.detach().mean()
         metrics = output.metrics() if mode == "train" else {"loss": mean, **output.metrics()}
@@ -299,7 +297,8 @@ class DPOTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._throughput.restart()
-        return super().train(*args, **kwargs)
+        with freed_memory_kept(self.args.device):
+            return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -364,17 +363,30 @@ def _has_reference(dataset: Any) -> bool:
     return all(name in (dataset.column_names or ()) for name in REF_COLUMNS)
 
 
-def _install_loss(model: Any, batch_loss: Any) -> None:
-    """Lets `model(preference_batch=..., ref_logps=...)` return the loss; every other call is the model's own forward.
+def _install_loss(model: Any) -> None:
+    """Lets `model(preference_batch=..., ref_logps=..., loss_options=...)` return the loss; every other call is as before.
 
-    On the instance, not the class: the loss then runs inside whatever wraps this model's forward.
+    On the instance, not the class: the loss then runs inside whatever wraps this model's forward. As a bound method
+    that holds nothing else, so that a copy of the model is bound to the copy.
     """
-    original = model.forward
+    before = model.__dict__.get("forward")
+    if getattr(before, "__func__", None) is not None and hasattr(before, "takes_preference_batch"):
+        return
+    original = type(model).forward
 
     @functools.wraps(original)
-    def forward(*args: Any, preference_batch: Any = None, ref_logps: Any = None, **kwargs: Any) -> Any:
-        if preference_batch is None:
-            return original(*args, **kwargs)
-        return batch_loss(model, preference_batch, ref_logps)
+    def forward(
+        self: Any,
+        *args: Any,
+        preference_batch: Any = None,
+        ref_logps: Any = None,
+        loss_options: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if preference_batch is not None:
+            return batch_loss(self, preference_batch, ref_logps, **loss_options)
+        # Somebody else's override (offloading hooks, say) goes on working.
+        return original(self, *args, **kwargs) if before is None else before(*args, **kwargs)
 
-    model.forward = forward
+    forward.takes_preference_batch = True  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)

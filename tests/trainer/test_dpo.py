@@ -299,7 +299,7 @@ def test_defaults_are_those_of_trl(tmp_path):
 
 
 def test_bad_data(tmp_path):
-    with pytest.raises(DataError, match="train data set, row 1: 'chosen' is empty"):
+    with pytest.raises(DataError, match="train data set, row 1 \\(counted from 0\\): 'chosen' is empty"):
         trainer(
             tmp_path,
             rows=[{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "", "rejected": "c"}],
@@ -311,6 +311,40 @@ def test_bad_data(tmp_path):
     model = tiny_model()
     with pytest.raises(ValueError, match="ref_model is the model itself"):
         trainer(tmp_path, model, ref_model=model)
+
+
+def test_a_list_may_mix_text_and_messages_and_odd_columns(tmp_path):
+    tokenizer = word_tokenizer(chat=True)
+    said = {"prompt": ("user", "why"), "chosen": ("assistant", "yes"), "rejected": ("assistant", "no")}
+    chat = {name: [{"role": role, "content": content}] for name, (role, content) in said.items()}
+    text = {"prompt": "why a", "chosen": " yes", "rejected": " no", "meta": {"id": 1}}
+    run = DPOTrainer(
+        tiny_model(),
+        args=config(tmp_path),
+        train_dataset=[chat, text, {**text, "prompt": "why b", "meta": "x"}],
+        processing_class=tokenizer,
+    )
+    assert [len(ids) for ids in run.train_dataset["prompt_ids"]] == [6, 2, 2]
+    assert set(run.train_dataset.column_names) == {"prompt_ids", "chosen_ids", "rejected_ids"}
+
+
+def test_a_copy_of_a_trained_model_runs_its_own_weights(tmp_path):
+    import pickle
+
+    model = tiny_model()
+    trainer(tmp_path, model, max_steps=1, gradient_checkpointing=False).train()
+    ids = torch.tensor([[4, 5, 6]])
+    expected = model(ids).logits
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(made(ids).logits, expected)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.zero_()
+        assert (made(ids).logits == 0).all()
+    torch.testing.assert_close(model(ids).logits, expected)
+    run = trainer(tmp_path, model, max_steps=1)  # a second trainer on the same model
+    run.train()
+    assert losses_of(run) == pytest.approx([0.693147], abs=1e-4)
 
 
 def test_rows_that_do_not_fit_are_left_out_and_counted(tmp_path, caplog):
