@@ -54,8 +54,8 @@ def _from_list(rows: list[dict[str, Any]], tokenizer: Any, name: str, progress: 
     """Row by row: a list may mix text, messages and columns of any kind, which a table of rows could not hold."""
     if not rows:
         raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
-    bar = tqdm(rows, desc=f"tokenizing {name}", unit="row", disable=not progress, leave=False)
-    return Dataset.from_list([_tokenized(row, number, tokenizer, name) for number, row in enumerate(bar)])
+    with tqdm(rows, desc=f"tokenizing {name}", unit="row", disable=not progress, leave=False) as bar:
+        return Dataset.from_list([_tokenized(row, number, tokenizer, name) for number, row in enumerate(bar)])
 
 
 def _from_dataset(dataset: Any, tokenizer: Any, name: str, num_proc: int | None) -> Any:

@@ -33,7 +33,7 @@ from fastdpo.reference.fingerprint import model_fingerprint
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.dataset import REF_COLUMNS, prepare_dataset
 from fastdpo.trainer.metrics import MetricSums, Throughput, step_flops
-from fastdpo.types import LossOutput, UserError
+from fastdpo.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -364,7 +364,7 @@ def _has_reference(dataset: Any) -> bool:
 
 
 def _install_loss(model: Any) -> None:
-    """Lets `model(preference_batch=..., ref_logps=..., loss_options=...)` return the loss; every other call is as before.
+    """Lets `model(preference_batch=..., ref_logps=..., loss_options=...)` return the loss; other calls are as before.
 
     On the instance, not the class: the loss then runs inside whatever wraps this model's forward. As a bound method
     that holds nothing else, so that a copy of the model is bound to the copy.
