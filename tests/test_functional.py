@@ -3,22 +3,23 @@
 import pytest
 import torch
 from oracle import linear_token_logprobs, pair_losses
+from tiny import device_for
 
 import fastdpo
 
 B, T, V, D = 3, 9, 61, 8
 
 
-def problem(seed=0):
+def problem(seed=0, device="cpu"):
     """Hidden states, head, padded labels and references of three pairs of different lengths."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(2 * B, T, D, generator=generator).requires_grad_()
-    weight = torch.randn(V, D, generator=generator).requires_grad_()
+    hidden = torch.randn(2 * B, T, D, generator=generator).to(device).requires_grad_()
+    weight = torch.randn(V, D, generator=generator).to(device).requires_grad_()
     labels = torch.full((2 * B, T), -100)
     for row, (start, end) in enumerate([(2, 5), (1, 9), (4, 6), (2, 9), (1, 3), (4, 8)]):
         labels[row, start:end] = torch.randint(V, (end - start,), generator=generator)
     refs = -10 - 5 * torch.rand(2 * B, generator=generator)
-    return hidden, weight, labels, refs
+    return hidden, weight, labels.to(device), refs.to(device)
 
 
 def truth(hidden, weight, labels, refs, name="sigmoid", beta=0.1, **options):
@@ -40,7 +41,7 @@ def packed(hidden, labels):
                     ids.append(sequence)
                     targets.append(labels[sequence, t])
         counts.append(len(ids) - before)
-    return torch.stack(rows), torch.stack(targets), torch.tensor(ids), counts
+    return torch.stack(rows), torch.stack(targets), torch.tensor(ids, device=hidden.device), counts
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def packed(hidden, labels):
 )
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_every_way_gives_the_same(name, options, way, impl):
-    hidden, weight, labels, refs = problem()
+    hidden, weight, labels, refs = problem(device=device_for(impl))
     exact = truth(hidden, weight, labels, refs, name, **options)
     options = {"loss_type": name, "impl": impl, **options}
     rows, targets, ids, counts = packed(hidden, labels)
@@ -62,7 +63,7 @@ def test_every_way_gives_the_same(name, options, way, impl):
     elif way == "linear padded":
         out = fastdpo.linear_loss(hidden, weight, labels, refs, **options)
     elif way == "linear shuffled":
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1))
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1)).to(ids.device)
         out = fastdpo.linear_loss(rows[order], weight, targets[order], refs, sequence_ids=ids[order], **options)
     else:
         budget = 5 * V * 4 if way == "tiny tile" else None  # five rows: less than any pair

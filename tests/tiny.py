@@ -7,6 +7,11 @@ import torch
 VOCABULARY = 97
 
 
+def device_for(impl):
+    """Where an implementation is tested: Triton on a GPU if there is one, else in its interpreter on the CPU."""
+    return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def tiny_model(kind="llama", dtype=torch.float32, seed=0, **config):
     """A two-layer model with weights large enough that a mistake moves its log-probs."""
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig

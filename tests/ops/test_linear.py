@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracle import linear_token_logprobs
+from tiny import device_for
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,7 +12,7 @@ import fastdpo
 IMPLS = ["eager", "triton"]
 
 
-def draw(n=37, d=16, v=131, dtype=torch.float32, bias=False, seed=0):
+def draw(n=37, d=16, v=131, dtype=torch.float32, bias=False, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, d, generator=generator).to(dtype)
     weight = (0.5 * torch.randn(v, d, generator=generator)).to(dtype)
@@ -19,7 +20,8 @@ def draw(n=37, d=16, v=131, dtype=torch.float32, bias=False, seed=0):
     labels[::5] = -100
     offset = torch.randn(v, generator=generator).to(dtype) if bias else None
     grad = torch.randn(n, generator=generator)
-    return hidden, weight, labels, offset, grad
+    offset = None if offset is None else offset.to(device)
+    return hidden.to(device), weight.to(device), labels.to(device), offset, grad.to(device)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -31,7 +33,7 @@ def draw(n=37, d=16, v=131, dtype=torch.float32, bias=False, seed=0):
     ids=["plain", "z", "bias"],
 )
 def test_values_and_gradients(impl, trained, rows_a_tile, options):
-    hidden, weight, labels, bias, grad = draw(bias=options.get("bias", False))
+    hidden, weight, labels, bias, grad = draw(bias=options.get("bias", False), device=device_for(impl))
     options = {name: value for name, value in options.items() if name != "bias"}
     leaves = {
         "hidden": hidden.requires_grad_(trained in ("both", "hidden")),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracle import token_logprobs
+from tiny import device_for
 
 import fastdpo
 
@@ -17,21 +18,22 @@ def naive(logits, labels):
 @pytest.mark.parametrize("view", ["1d", "2d", "3d", "shifted", "strided", "transposed"])
 def test_shapes_and_strides(impl, view):
     torch.manual_seed(0)
-    base = torch.randn(4, 7, 50)
+    device = device_for(impl)
+    base = torch.randn(4, 7, 50, device=device)
     logits = {
         "1d": base[0, 0],
         "2d": base[0],
         "3d": base,
         "shifted": base[:, :-1],
-        "strided": torch.randn(4, 7, 64)[:, ::2, :50],
-        "transposed": torch.randn(4, 50, 7).transpose(1, 2),
+        "strided": torch.randn(4, 7, 64, device=device)[:, ::2, :50],
+        "transposed": torch.randn(4, 50, 7, device=device).transpose(1, 2),
     }[view].detach().requires_grad_()  # fmt: skip
-    labels = torch.randint(50, logits.shape[:-1])
+    labels = torch.randint(50, logits.shape[:-1], device=device)
     ours = fastdpo.token_logps(logits, labels, impl=impl)
     assert ours.shape == labels.shape and ours.dtype == torch.float32
     truth = naive(logits, labels)
     torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5)
-    weights = torch.randn(labels.shape)
+    weights = torch.randn(labels.shape, device=device)
     (got,) = torch.autograd.grad((ours * weights).sum(), logits)
     (exact,) = torch.autograd.grad((truth * weights).sum(), logits)
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-6)
@@ -40,8 +42,8 @@ def test_shapes_and_strides(impl, view):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_in_place_backward_equals_the_other_and_a_second_one_raises(impl):
     torch.manual_seed(0)
-    x = torch.randn(6, 40, requires_grad=True)
-    labels = torch.randint(40, (6,))
+    x = torch.randn(6, 40, device=device_for(impl), requires_grad=True)
+    labels = torch.randint(40, (6,), device=x.device)
     grads = []
     for inplace in (False, True):
         logits = x * 1.0
@@ -57,8 +59,8 @@ def test_in_place_backward_equals_the_other_and_a_second_one_raises(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_double_use_of_the_same_logits(impl):
-    x = torch.randn(5, 30, requires_grad=True)
-    labels = torch.randint(30, (5,))
+    x = torch.randn(5, 30, device=device_for(impl), requires_grad=True)
+    labels = torch.randint(30, (5,), device=x.device)
     logits = x * 2
     both = fastdpo.token_logps(logits, labels, impl=impl).sum() + logits.logsumexp(-1).sum()
     truth = naive(x * 2, labels).sum() + (x * 2).double().logsumexp(-1).sum()
@@ -83,11 +85,11 @@ def test_float64_gradcheck():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_edges(impl):
-    logits = torch.randn(4, 9, requires_grad=True)
-    labels = torch.tensor([3, -100, 9, -7])
+    logits = torch.randn(4, 9, device=device_for(impl), requires_grad=True)
+    labels = torch.tensor([3, -100, 9, -7], device=logits.device)
     out = fastdpo.token_logps(logits, labels, impl=impl)
-    truth = token_logprobs(logits.detach(), labels)["logps"]
-    torch.testing.assert_close(out.detach().double(), truth, equal_nan=True)
+    truth = token_logprobs(logits.detach().cpu(), labels.cpu())["logps"]
+    torch.testing.assert_close(out.detach().cpu().double(), truth, equal_nan=True)
     assert out[2:].isnan().all() and out[1] == 0
     empty = fastdpo.token_logps(logits[:0], labels[:0], impl=impl)
     assert empty.shape == (0,) and empty.requires_grad
