@@ -1,7 +1,7 @@
 """A DPO training step with cached reference, fastdpo against TRL, on this machine's CPU.
 
     python benchmarks/step/hh_cpu.py            both, one after the other, each in a process of its own
-    python benchmarks/step/hh_cpu.py --pairs 8  a quick look
+    python benchmarks/step/hh_cpu.py --pairs 8  a quick look: one step, and that one cold; nothing is written
 
 SmolLM2-135M in float32; the first 32 pairs of benchmarks/data/hh_rlhf_harmless_test.csv, filled with random tokens;
 batches of 8; precompute_ref_log_probs=True, gradient checkpointing off, max_length 512, the same order, in both. Time
