@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from fastdpo.models import causal_lm, completion_logps
+from fastdpo.models import causal_lm, completion_logps, evaluating
 from fastdpo.packing import Group, PreferenceCollator
 
 PAIRS_PER_PASS = 8
@@ -45,9 +45,7 @@ def measure_preference(
     """
     collator = PreferenceCollator(max_length=max_length)
     margins: list[float] = []
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         starts = range(0, len(rows), PAIRS_PER_PASS)
         for start in tqdm(starts, desc=description, unit="batch", disable=not progress, leave=False):
             pairs = [collator.sequences(row) for row in rows[start : start + PAIRS_PER_PASS]]
@@ -57,8 +55,6 @@ def measure_preference(
                 for logps in completion_logps(model, groups, packing=packing)
             ]
             margins += [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
-    finally:
-        model.train(training)
     accuracy = sum(margin > 0 for margin in margins) / max(1, len(margins))
     return Preference(accuracy, sum(margins) / max(1, len(margins)), len(margins))
 
@@ -69,10 +65,8 @@ def generate(
 ) -> list[str]:  # fmt: skip
     """The model's greedy answer to each prompt (messages or text)."""
     inner = causal_lm(model)
-    training = model.training
-    model.eval()
     answers = []
-    try:
+    with evaluating(model):
         for prompt in tqdm(prompts, desc=description, unit="answer", disable=not progress, leave=False):
             if isinstance(prompt, str):
                 inputs = tokenizer(prompt, return_tensors="pt")
@@ -87,6 +81,4 @@ def generate(
                     pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
                 )  # fmt: skip
             answers.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-    finally:
-        model.train(training)
     return answers

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,17 @@ def causal_lm(model: Any) -> Any:
     if head is None or getattr(head, "weight", None) is None:
         raise UserError(f"{type(inner).__name__} has no language-model head; load the model with AutoModelForCausalLM.")
     return inner
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode within it, and as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def lm_head(model: Any) -> LMHead:
@@ -187,10 +199,9 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
     ]
     sequences = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
     starts = [len(row["prompt_ids"]) for row in rows] * 2
-    training, attention = model.training, inner.config._attn_implementation
-    model.eval()
+    attention = inner.config._attn_implementation
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             theirs = []
             for ids, start in zip(sequences, starts, strict=True):
                 tokens = torch.tensor([ids], device=device)
@@ -215,8 +226,6 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
         if inner.config._attn_implementation != attention:
             inner.set_attn_implementation(attention)
         raise
-    finally:
-        model.train(training)
 
 
 def _check_equal(

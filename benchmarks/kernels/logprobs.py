@@ -4,7 +4,7 @@
     python benchmarks/kernels/logprobs.py --tiny    a check of the script itself, on any device
 
 For every variant: time, share of the measured ceiling (copy bandwidth, or matrix-product speed), memory beyond the
-inputs. A variant's time is given only if its numbers agree with the float32 result in the same run.
+inputs. A variant's time is given only if its log-probs and gradient agree with the float64 ones in the same run.
 """
 
 from __future__ import annotations
@@ -44,17 +44,23 @@ def from_logits(n: int, v: int, device: torch.device, dtype: torch.dtype, compil
     if compiled:
         functions["torch.compile"] = torch.compile(eager_logps)
 
-    def forward_backward(function: Any) -> torch.Tensor:
-        x = logits.detach().requires_grad_()
-        return torch.autograd.grad((function(x, labels) * grad).sum(), x)[0]
+    def forward_backward(function: Any, rows: int = n) -> torch.Tensor:
+        x = logits[:rows].detach().requires_grad_()
+        return torch.autograd.grad((function(x, labels[:rows]) * grad[:rows]).sum(), x)[0]
 
     rows = min(n, 64)
-    truth = eager_logps(logits[:rows].double().float(), labels[:rows])
+    exact = logits[:rows].double().requires_grad_()
+    truth = torch.log_softmax(exact, -1).gather(-1, labels[:rows, None]).squeeze(-1)
+    (true_grad,) = torch.autograd.grad((truth * grad[:rows]).sum(), exact)
+    truth, naive_grad = truth.detach(), forward_backward(eager_logps, rows)
     ceiling = copy_bytes_per_second(device)
     result: dict[str, Any] = {"n": n, "v": v, "dtype": str(dtype), "ceiling_bytes_per_second": ceiling, "variants": {}}
     with torch.no_grad():
-        correct = {name: agrees(f(logits[:rows], labels[:rows]), truth, truth) for name, f in functions.items()}
+        naive = eager_logps(logits[:rows], labels[:rows])
+        correct = {name: agrees(f(logits[:rows], labels[:rows]), truth, naive) for name, f in functions.items()}
         forward = interleaved({name: (lambda f=f: f(logits, labels)) for name, f in functions.items()})
+    for name, f in functions.items():
+        correct[name] = correct[name] and agrees(forward_backward(f, rows), true_grad, naive_grad)
     both = interleaved({name: (lambda f=f: forward_backward(f)) for name, f in functions.items()})
     moved = n * v * logits.element_size()
     for name, function in functions.items():

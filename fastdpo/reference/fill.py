@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fastdpo.device import freed_memory_kept
-from fastdpo.models import causal_lm, completion_logps
+from fastdpo.models import causal_lm, completion_logps, evaluating
 from fastdpo.packing import Group, PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
 from fastdpo.reference.fingerprint import model_fingerprint, sequence_key
@@ -65,10 +65,8 @@ def precompute(
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
     pending: dict[bytes, np.ndarray] = {}
     tokens = 0
-    training = model.training
-    model.eval()
     try:
-        with freed_memory_kept(device):
+        with evaluating(model), freed_memory_kept(device):
             for number, (groups, keys) in enumerate(_passes(wanted, budget, batch_size), start=1):
                 with autocast:
                     logps = completion_logps(model, groups, packing=packing, attention_backend=attention_backend)
@@ -80,7 +78,6 @@ def precompute(
                     cache.add(pending)
                     pending = {}
     finally:
-        model.train(training)
         cache.add(pending)  # also when interrupted: what is computed is kept
         bar.close()
     return cache

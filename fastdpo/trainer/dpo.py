@@ -25,14 +25,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from fastdpo.device import freed_memory_kept
-from fastdpo.models import batch_loss, causal_lm, sequence_logps, verify_packing
+from fastdpo.models import batch_loss, causal_lm, evaluating, sequence_logps, verify_packing
 from fastdpo.packing import PACKINGS, PreferenceBatch, PreferenceCollator
 from fastdpo.reference import precompute, reference_columns
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
 from fastdpo.reference.fingerprint import model_fingerprint
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.dataset import REF_COLUMNS, prepare_dataset
-from fastdpo.trainer.metrics import MetricSums, Throughput, step_flops
+from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ class DPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self._throughput = Throughput(args.device)
+        self._step_flops = StepFlops.of(inner)
         self.packing = self._choose_packing(inner)
         if data_collator is None:
             self.data_collator = PreferenceCollator(
@@ -137,10 +138,9 @@ class DPOTrainer(Trainer):
         if not self._losses.needs_reference:
             return
         if self.args.precompute_ref_log_probs:
-            reference = self.ref_model if self.ref_model is not None else self.model
-            reference.to(self.args.device)
+            self._reference.to(self.args.device)
             with self._adapters_off():
-                fingerprint = model_fingerprint(reference, self._autocast_dtype)
+                fingerprint = model_fingerprint(self._reference, self._autocast_dtype)
             self._ref_cache = ReferenceCache(self.args.ref_logps or default_cache_dir(fingerprint), fingerprint)
             if self.train_dataset is not None:
                 self.train_dataset = self._with_reference(self.train_dataset)
@@ -151,7 +151,7 @@ class DPOTrainer(Trainer):
             return
         if all(_has_reference(dataset) for dataset in self._datasets()):
             return
-        if self.ref_model is None and not hasattr(self.model, "disable_adapter"):
+        if self.ref_model is None and not self._adapters_are_the_policy:
             self.ref_model = copy.deepcopy(self.model)
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval().to(self.args.device)
@@ -170,11 +170,10 @@ class DPOTrainer(Trainer):
                 "use precompute_ref_log_probs=False."
             )
         assert self._ref_cache is not None
-        reference = self.ref_model if self.ref_model is not None else self.model
         # One process computes; the others then find everything in the folder.
         with self.accelerator.main_process_first(), self._adapters_off():
             precompute(
-                reference,
+                self._reference,
                 dataset,
                 self._ref_cache,
                 max_length=self.args.max_length,
@@ -190,21 +189,22 @@ class DPOTrainer(Trainer):
             dataset = dataset.add_column(name, values)
         return dataset
 
-    def _adapters_off(self) -> Any:
+    @property
+    def _reference(self) -> Any:
+        return self.model if self.ref_model is None else self.ref_model
+
+    @property
+    def _adapters_are_the_policy(self) -> bool:
         """With PEFT and no explicit reference, the reference is the model without its adapters."""
-        if self.ref_model is None and hasattr(self.model, "disable_adapter"):
-            return self.model.disable_adapter()
-        return nullcontext()
+        return self.ref_model is None and hasattr(self.model, "disable_adapter")
+
+    def _adapters_off(self) -> Any:
+        return self.model.disable_adapter() if self._adapters_are_the_policy else nullcontext()
 
     def _online_reference(self, batch: PreferenceBatch) -> Tensor:
-        reference = self.ref_model if self.ref_model is not None else self.model
-        training = reference.training
-        reference.eval()
-        try:
-            with torch.no_grad(), self._adapters_off(), self.accelerator.autocast():
-                return sequence_logps(reference, batch, attention_backend=self.args.attention_backend)
-        finally:
-            reference.train(training)
+        reference = self._reference
+        with evaluating(reference), torch.no_grad(), self._adapters_off(), self.accelerator.autocast():
+            return sequence_logps(reference, batch, attention_backend=self.args.attention_backend)
 
     # The loss
 
@@ -258,7 +258,7 @@ class DPOTrainer(Trainer):
         metrics = output.metrics() if mode == "train" else {"loss": mean, **output.metrics()}
         self._metrics[mode].add(metrics, inputs.num_pairs)
         if mode == "train":
-            self._throughput.count(inputs, step_flops(causal_lm(self.model), inputs))
+            self._throughput.count(inputs, self._step_flops(inputs))
         if num_items_in_batch is None:
             loss = output.loss / inputs.num_pairs
         else:
@@ -293,9 +293,10 @@ class DPOTrainer(Trainer):
             self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REF_COLUMNS]
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return int(step_flops(causal_lm(self.model), inputs))
+        return int(self._step_flops(inputs))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._step_flops = StepFlops.of(causal_lm(self.model))  # weights may have been frozen since
         self._throughput.restart()
         with freed_memory_kept(self.args.device):
             return super().train(*args, **kwargs)
@@ -312,19 +313,18 @@ class DPOTrainer(Trainer):
         return self.accelerator.reduce(sums, "sum") if self.accelerator.num_processes > 1 else sums
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        paused_at = self._throughput.pause()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self._throughput.paused():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # Our own mean over pairs replaces the mean over batches, which counts a small last batch as a full one.
         means = self._metrics["eval"].take(self._reduce)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        self._throughput.resume(paused_at)
         return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if eval_dataset is not None and not isinstance(eval_dataset, str | Mapping):
             eval_dataset = prepare_dataset(eval_dataset, self.processing_class, self.args, name="eval")
             if self._ref_cache is not None and not _has_reference(eval_dataset):
-                if self.state.global_step and self.ref_model is None and not hasattr(self.model, "disable_adapter"):
+                if self.state.global_step and self.ref_model is None and not self._adapters_are_the_policy:
                     raise ValueError(
                         "the reference of this new evaluation set cannot be computed any more: with "
                         "precompute_ref_log_probs=True and no ref_model, it was the policy before training; "
@@ -334,9 +334,8 @@ class DPOTrainer(Trainer):
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        paused_at = self._throughput.pause()
-        super()._save_checkpoint(*args, **kwargs)
-        self._throughput.resume(paused_at)
+        with self._throughput.paused():
+            super()._save_checkpoint(*args, **kwargs)
 
 
 def _load(model: Any, args: DPOConfig, quantization_config: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,12 +59,12 @@ class Throughput:
         self._pairs = self._tokens = self._unshared = 0
         self._flops = 0.0
 
-    def pause(self) -> float:
-        return time.perf_counter()
-
-    def resume(self, paused_at: float) -> None:
-        """Leaves the time since `paused_at` out of the count (evaluation, saving)."""
-        self._since += time.perf_counter() - paused_at
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time within it out of the count (evaluation, saving)."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
 
     def count(self, batch: PreferenceBatch, flops: float) -> None:
         self._pairs += batch.num_pairs
@@ -88,16 +90,28 @@ class Throughput:
         return values
 
 
-def step_flops(model: Any, batch: PreferenceBatch) -> float:
-    """Matrix-product FLOPs of forward and backward that the batch needs, attention scores and recomputation left out.
+@dataclass(frozen=True)
+class StepFlops:
+    """Matrix-product FLOPs of forward and backward that a batch needs, attention scores and recomputation left out.
 
     Two a weight and token forward, two for the gradient of the activations, two for that of a trainable weight. The
     head counts for target tokens only; input embeddings are look-ups.
     """
-    head = model.get_output_embeddings().weight
-    embeddings = {id(head), id(model.get_input_embeddings().weight)}
-    flops = 0.0
-    for parameter in model.parameters():
-        if id(parameter) not in embeddings and parameter.dim() > 1:
-            flops += parameter.numel() * (6 if parameter.requires_grad else 4) * batch["num_tokens"]
-    return flops + head.numel() * (6 if head.requires_grad else 4) * batch["target_ids"].shape[0]
+
+    per_token: int
+    per_target: int
+
+    @classmethod
+    def of(cls, model: Any) -> StepFlops:
+        """Counted once, before training: the sum runs over all parameters."""
+        head = model.get_output_embeddings().weight
+        embeddings = {id(head), id(model.get_input_embeddings().weight)}
+        backbone = (p for p in model.parameters() if id(p) not in embeddings and p.dim() > 1)
+        return cls(sum(map(cls._of_weight, backbone)), cls._of_weight(head))
+
+    @staticmethod
+    def _of_weight(weight: Tensor) -> int:
+        return weight.numel() * (6 if weight.requires_grad else 4)
+
+    def __call__(self, batch: PreferenceBatch) -> float:
+        return float(self.per_token * batch["num_tokens"] + self.per_target * batch["target_ids"].shape[0])
