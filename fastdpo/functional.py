@@ -12,13 +12,15 @@ from torch import Tensor
 from fastdpo.losses import PairTerms, WeightedLosses, resolve_losses
 from fastdpo.ops import (
     fused_pair_loss,
+    is_fused,
     linear_token_logps,
     linear_token_logps_with_stats,
     token_logps,
     token_logps_with_stats,
 )
-from fastdpo.ops.dispatch import LogitOptions
-from fastdpo.types import IGNORE_INDEX, LossOutput, TokenMetrics, TokenStats
+from fastdpo.ops.budget import resolve_budget
+from fastdpo.ops.dispatch import LogitOptions, check_device, check_integers, check_linear, compute_dtype
+from fastdpo.types import IGNORE_INDEX, LossOutput, TokenMetrics, TokenStats, accumulation_dtype
 
 __all__ = ["linear_loss", "linear_token_logps", "loss", "preference_loss", "token_logps"]
 
@@ -137,7 +139,7 @@ def loss(
     else:
         if logits.dim() != 2:
             raise ValueError(f"logits has shape {tuple(logits.shape)}; with sequence_ids it must be (N, V).")
-        num_sequences = _packed_sequences(ref_logps, sequence_ids, logits.shape[0])
+        num_sequences, sequence_ids = _packed_sequences(ref_logps, sequence_ids, logits, "logits")
     logps, stats = token_logps_with_stats(
         logits, labels, options, stats=token_metrics, inplace_backward=inplace_backward, impl=impl
     )
@@ -163,71 +165,113 @@ def linear_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    head_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     token_metrics: bool = True,
     impl: str = "auto",
     **loss_options: Any,
 ) -> LossOutput:
-    """loss(hidden @ weight.T + bias, labels, ...), a tile of logits at a time.
+    """loss(hidden @ weight.T + bias, labels, ...), as much of the logits at a time as the memory budget holds.
 
-    With reduction "mean" or "sum" and a loss that decouples per pair, the gradient is formed in the forward pass from
-    the tile in memory (6NDV FLOPs with a trainable head). Then `.losses` carries no gradient, only `.loss` does, and a
-    second backward through the same graph raises. With reduction "none" the backward forms the tiles again (8NDV).
+    What is done follows from what needs a gradient, the budget and the loss; with 2NDV FLOPs for one product:
+
+        nothing needs one                            2NDV         one tile of logits
+        hidden alone (a frozen head)                 4NDV         one tile, and dlogp/dhidden (N, D)
+        weight or bias, all logits in the budget     6NDV         the logits
+        weight or bias, a loss per pair              6NDV         one tile; the gradient is formed in the forward pass,
+                                                                  a chunk of pairs at a time (8NDV for a pair larger
+                                                                  than the budget)
+        weight or bias, any other loss, or           (8 - 2f)NDV  a share f of the logits
+        reduction "none", or under torch.compile
+
+    With reduction "mean" or "sum" only `.loss` carries a gradient, `.losses` does not.
 
     Args:
         hidden: padded (2B, T, D) or packed (N, D), as `logits` in `loss`.
         weight: (V, D); bias: (V,) or None.
         tokens_per_pair: packed only: how many rows belong to each pair, as host integers, where the rows of pair 0 come
             first, then those of pair 1, and so on. Saves a sort and a wait for the device.
-        memory_budget: bytes that the tile of logits may take.
+        head_dtype, memory_budget: as in `linear_token_logps`.
         The other arguments are those of `loss`.
+
+    Raises:
+        ValueError: as `loss` and `linear_token_logps`. RuntimeError: a second backward where the gradient was formed in
+            the forward pass.
     """
     losses = resolve_losses(loss_type, loss_weights, beta=beta, label_smoothing=label_smoothing, **loss_options)
     _check_reduction(reduction)
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
     if sequence_ids is None:
         num_sequences = _padded_sequences("hidden", hidden, labels)
-        # Only rows with a target reach the head.
-        shifted = labels[:, 1:]
-        rows, positions = (shifted != ignore_index).nonzero(as_tuple=True)
-        hidden, labels, sequence_ids = hidden[rows, positions], shifted[rows, positions], rows
+        hidden, labels, sequence_ids = _targets_of_padded(hidden, labels, ignore_index)
         tokens_per_pair = None
     else:
         if hidden.dim() != 2:
             raise ValueError(f"hidden has shape {tuple(hidden.shape)}; with sequence_ids it must be (N, D).")
-        num_sequences = _packed_sequences(ref_logps, sequence_ids, hidden.shape[0])
+        num_sequences, sequence_ids = _packed_sequences(ref_logps, sequence_ids, hidden, "hidden")
     num_pairs = num_sequences // 2
-    if reduction == "none" or not losses.per_pair:
-        logps, stats = linear_token_logps_with_stats(
-            hidden, weight, labels, options, bias=bias, stats=token_metrics, memory_budget=memory_budget, impl=impl
+    if tokens_per_pair is not None and (len(tokens_per_pair) != num_pairs or sum(tokens_per_pair) != hidden.shape[0]):
+        raise ValueError(
+            f"tokens_per_pair has {len(tokens_per_pair)} values with the sum {sum(tokens_per_pair)}; "
+            f"it must have {num_pairs} (the pairs) with the sum {hidden.shape[0]} (the rows of hidden)."
         )
-        return _from_tokens(logps, stats, labels, sequence_ids, num_sequences, ref_logps, losses, beta, reduction,
-                            ignore_index)  # fmt: skip
+    check_linear(hidden, weight, labels, bias)
+    budget = resolve_budget(memory_budget, hidden.device)
+    per_pair = reduction != "none" and losses.per_pair
+    if per_pair and is_fused(hidden, weight, bias, compute_dtype(hidden, head_dtype), budget):
+        return _fused_linear_loss(
+            hidden.to(compute_dtype(hidden, head_dtype)), weight, labels, sequence_ids, tokens_per_pair, num_pairs,
+            ref_logps, losses, beta, reduction, options, bias=bias, stats=token_metrics, memory_budget=budget,
+            impl=impl,
+        )  # fmt: skip
+    logps, stats = linear_token_logps_with_stats(
+        hidden, weight, labels, options, bias=bias, stats=token_metrics, head_dtype=head_dtype, memory_budget=budget,
+        impl=impl,
+    )  # fmt: skip
+    output = _from_tokens(logps, stats, labels, sequence_ids, num_sequences, ref_logps, losses, beta, reduction,
+                          ignore_index)  # fmt: skip
+    # As where the gradient is formed in the forward: which way was taken must not show.
+    return output if reduction == "none" else replace(output, losses=output.losses.detach())
+
+
+def _targets_of_padded(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (N, D), labels (N,), sequence ids (N,) of the positions with a target; a wait for the device.
+
+    torch.compile cannot know N: there all positions but the last are taken.
+    """
+    shifted = labels[:, 1:]
+    if torch.compiler.is_compiling():
+        rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(shifted)
+        return hidden[:, :-1].flatten(0, 1), shifted.flatten(), rows.flatten()
+    rows, positions = (shifted != ignore_index).nonzero(as_tuple=True)
+    return hidden[rows, positions], shifted[rows, positions], rows
+
+
+def _fused_linear_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, sequence_ids: Tensor, tokens_per_pair: Sequence[int] | None,
+    num_pairs: int, ref_logps: RefLogps, losses: WeightedLosses, beta: float, reduction: str, options: LogitOptions,
+    *, bias: Tensor | None, stats: bool, memory_budget: int, impl: str,
+) -> LossOutput:  # fmt: skip
     if tokens_per_pair is None:
         pair_ids = sequence_ids.remainder(num_pairs)
         order = pair_ids.argsort(stable=True)
         hidden, labels, sequence_ids = hidden[order], labels[order], sequence_ids[order]
         tokens_per_pair = torch.bincount(pair_ids, minlength=num_pairs).tolist()
-    elif len(tokens_per_pair) != num_pairs or sum(tokens_per_pair) != hidden.shape[0]:
-        raise ValueError(
-            f"tokens_per_pair has {len(tokens_per_pair)} values with the sum {sum(tokens_per_pair)}; "
-            f"it must have {num_pairs} (the pairs) with the sum {hidden.shape[0]} (the rows of hidden)."
-        )
-    lengths = sequence_lengths(labels, sequence_ids, num_sequences, ignore_index).view(2, -1)
-    like = torch.zeros(num_pairs, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    lengths = sequence_lengths(labels, sequence_ids, 2 * num_pairs, options.ignore_index).view(2, -1)
+    like = torch.zeros(num_pairs, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     ref_c, ref_r = _reference(ref_logps, losses, like)
 
     def pair_loss(first: int, end: int, sums: Tensor) -> Tensor:
         part = slice(first, end)
         return losses(PairTerms(sums[0], sums[1], ref_c[part], ref_r[part], lengths[0, part], lengths[1, part]))
 
-    total, per_pair, logps, stats = fused_pair_loss(
+    total, per_pair, logps, token_stats = fused_pair_loss(
         hidden, weight, labels, sequence_ids, tokens_per_pair, pair_loss, options,
-        bias=bias, stats=token_metrics, memory_budget=memory_budget, impl=impl,
+        bias=bias, stats=stats, memory_budget=memory_budget, impl=impl,
     )  # fmt: skip
     chosen, rejected = logps.view(2, -1)
     terms = PairTerms(chosen, rejected, ref_c, ref_r)
-    tokens = _token_metrics(stats, labels, sequence_ids, num_pairs, ignore_index)
+    tokens = _token_metrics(token_stats, labels, sequence_ids, num_pairs, options.ignore_index)
     reduced = total if reduction == "sum" else total / num_pairs
     return replace(_output(per_pair, terms, beta, "none", tokens), loss=reduced)
 
@@ -312,8 +356,14 @@ def _reference(ref_logps: RefLogps, losses: WeightedLosses, like: Tensor) -> tup
     return ref_c.detach().to(like.dtype), ref_r.detach().to(like.dtype)
 
 
-def _packed_sequences(ref_logps: RefLogps, sequence_ids: Tensor, num_rows: int) -> int:
-    """2B of a packed input: from the references, so that the device need not be asked; else from the ids."""
+def _packed_sequences(ref_logps: RefLogps, sequence_ids: Tensor, tensor: Tensor, name: str) -> tuple[int, Tensor]:
+    """2B of a packed input (N, _) and its sequence_ids, int64.
+
+    2B comes from the references, so that the device need not be asked; without them from the ids.
+    """
+    num_rows = tensor.shape[0]
+    check_integers("sequence_ids", sequence_ids)
+    check_device("sequence_ids", sequence_ids, tensor, name)
     if tuple(sequence_ids.shape) != (num_rows,):
         raise ValueError(f"sequence_ids has shape {tuple(sequence_ids.shape)}; it must be ({num_rows},): one id a row.")
     if isinstance(ref_logps, Tensor):
@@ -328,7 +378,11 @@ def _packed_sequences(ref_logps: RefLogps, sequence_ids: Tensor, num_rows: int) 
         if count % 2:
             raise ValueError(f"the largest of sequence_ids is {count - 1}; with ids in [0, 2B) it must be odd.")
     _check_pairs(count // 2)
-    return count
+    if num_rows and sequence_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in sequence_ids.aminmax())
+        if low < 0 or high >= count:
+            raise ValueError(f"sequence_ids lie in [{low}, {high}]; {count // 2} pairs need ids in [0, {count}).")
+    return count, sequence_ids.long()
 
 
 def _padded_sequences(name: str, tensor: Tensor, labels: Tensor) -> int:

@@ -45,10 +45,18 @@ def packed(hidden, labels):
 
 
 @pytest.mark.parametrize(
-    "name, options", [("sigmoid", {}), ("sigmoid", {"label_smoothing": 0.2}), ("hinge", {}), ("ipo", {})]
+    "name, options",
+    [
+        ("sigmoid", {}),
+        ("sigmoid", {"label_smoothing": 0.2}),
+        ("hinge", {}),
+        ("ipo", {}),
+        ("aot", {}),
+        ("aot_unpaired", {}),
+    ],
 )
 @pytest.mark.parametrize(
-    "way", ["loss padded", "loss packed", "linear padded", "linear packed", "linear shuffled", "tiny tile"]
+    "way", ["loss padded", "loss packed", "linear padded", "linear packed", "linear shuffled", "chunks", "tiny tile"]
 )
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_every_way_gives_the_same(name, options, way, impl):
@@ -66,7 +74,8 @@ def test_every_way_gives_the_same(name, options, way, impl):
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1)).to(ids.device)
         out = fastdpo.linear_loss(rows[order], weight, targets[order], refs, sequence_ids=ids[order], **options)
     else:
-        budget = 5 * V * 4 if way == "tiny tile" else None  # five rows: less than any pair
+        # Rows that the budget holds: all; a pair or two; less than any pair.
+        budget = {"linear packed": 1 << 20, "chunks": max(counts) * V * 4, "tiny tile": 5 * V * 4}[way]
         out = fastdpo.linear_loss(
             rows, weight, targets, refs, sequence_ids=ids, tokens_per_pair=counts, memory_budget=budget, **options
         )
@@ -98,9 +107,9 @@ def test_frozen_head_gives_hidden_gradients_only():
     torch.testing.assert_close(got, torch.autograd.grad(truth(hidden, weight, labels, refs).mean(), hidden)[0])
 
 
-def test_a_second_backward_through_linear_loss_raises():
+def test_a_second_backward_raises_where_the_gradient_was_formed_in_the_forward():
     hidden, weight, labels, refs = problem()
-    out = fastdpo.linear_loss(hidden, weight, labels, refs)
+    out = fastdpo.linear_loss(hidden, weight, labels, refs, memory_budget=3 * weight.shape[0] * 4)
     out.loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.loss.backward()
@@ -138,6 +147,9 @@ def test_autocast_runs_the_head_in_bfloat16_and_returns_float32():
         assert (a - b).norm() < 0.05 * b.norm()
 
 
+PACKED = {"x": torch.zeros(7, D), "labels": torch.zeros(7, dtype=torch.long)}
+
+
 @pytest.mark.parametrize("function", ["loss", "linear_loss"])
 @pytest.mark.parametrize(
     "change, message",
@@ -149,6 +161,11 @@ def test_autocast_runs_the_head_in_bfloat16_and_returns_float32():
         ({"x": torch.zeros(5, T, D)}, "it must have three dimensions"),
         ({"x": torch.zeros(0, T, D), "labels": torch.zeros(0, T, dtype=torch.long)}, "no pair"),
         ({"sequence_ids": torch.zeros(3, dtype=torch.long)}, "with sequence_ids it must be"),
+        ({"sequence_ids": torch.full((7,), 2 * B), **PACKED}, r"sequence_ids lie in \[6, 6\]; 3 pairs need"),
+        ({"sequence_ids": torch.full((7,), -1), **PACKED}, r"sequence_ids lie in \[-1, -1\]"),
+        ({"sequence_ids": torch.zeros(7), **PACKED}, "sequence_ids is torch.float32"),
+        ({"sequence_ids": torch.zeros(6, dtype=torch.long), **PACKED}, r"sequence_ids has shape \(6,\)"),
+        ({"sequence_ids": torch.zeros(7, dtype=torch.long, device="meta"), **PACKED}, "sequence_ids is on meta"),
         ({"loss_type": "dpo"}, "no known loss"),
     ],
 )

@@ -15,7 +15,10 @@ def sigmoid(terms: PairTerms, *, beta: float, label_smoothing: float = 0.0) -> T
     eps = 0 is DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7); eps > 0, the share of pairs whose preference is
     taken to be flipped, is conservative DPO (Mitchell 2023).
     """
-    logits = beta * terms.delta
+    return _log_loss(beta * terms.delta, label_smoothing)
+
+
+def _log_loss(logits: Tensor, label_smoothing: float) -> Tensor:
     losses = -F.logsigmoid(logits)
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-logits)
@@ -37,3 +40,22 @@ def ipo(terms: PairTerms, *, beta: float) -> Tensor:
     chosen = terms.chosen_logratios / terms.chosen_lengths.clamp(min=1)
     rejected = terms.rejected_logratios / terms.rejected_lengths.clamp(min=1)
     return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def aot(terms: PairTerms, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """The form of `sigmoid` on sort(logp_c - logp_r) - sort(ref_c - ref_r), both sorted over the batch.
+
+    Melnyk et al. 2024, arXiv:2406.05882, on paired data. An entry of the result belongs to a rank, not to a pair.
+    """
+    policy = (terms.chosen_logps - terms.rejected_logps).sort().values
+    reference = (terms.ref_chosen_logps - terms.ref_rejected_logps).sort().values
+    return _log_loss(beta * (policy - reference), label_smoothing)
+
+
+def aot_unpaired(terms: PairTerms, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """The form of `sigmoid` on sort(logp_c - ref_c) - sort(logp_r - ref_r), both sorted over the batch.
+
+    Melnyk et al. 2024, arXiv:2406.05882, on unpaired data. An entry of the result belongs to a rank, not to a pair.
+    """
+    delta = terms.chosen_logratios.sort().values - terms.rejected_logratios.sort().values
+    return _log_loss(beta * delta, label_smoothing)

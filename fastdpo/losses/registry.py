@@ -44,6 +44,22 @@ REGISTRY: dict[str, LossSpec] = {
             options={"label_smoothing": 0.0},
         ),
         LossSpec("hinge", paired.hinge, "max(0, 1 - beta delta)", "Zhao 2023; Liu 2023"),
+        LossSpec(
+            "aot",
+            paired.aot,
+            "sigmoid of sort(logp_c - logp_r) - sort(ref_c - ref_r)",
+            "Melnyk 2024",
+            options={"label_smoothing": 0.0},
+            per_pair=False,
+        ),
+        LossSpec(
+            "aot_unpaired",
+            paired.aot_unpaired,
+            "sigmoid of sort(Delta_c) - sort(Delta_r)",
+            "Melnyk 2024",
+            options={"label_smoothing": 0.0},
+            per_pair=False,
+        ),
         LossSpec("ipo", paired.ipo, "(Delta_c/L_c - Delta_r/L_r - 1/(2 beta))^2", "Azar 2023", needs_lengths=True),
     )
 }

@@ -31,6 +31,10 @@ class LogitOptions:
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap is {self.softcap}; it must be a number above 0, or None for no cap.")
 
+    def as_arguments(self) -> tuple[int, float, float | None, float]:
+        """In the order in which every operator takes them."""
+        return self.ignore_index, float(self.temperature), self.softcap, float(self.logit_scale)
+
     def kwargs(self) -> dict[str, Any]:
         return {
             "ignore_index": self.ignore_index,
@@ -50,8 +54,7 @@ def row_kernels(impl: str, tensor: Tensor) -> Any:
 
     "auto" is Triton on a GPU, except for float64, and eager PyTorch elsewhere.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
+    check_impl(impl)
     on_gpu = tensor.device.type == "cuda"
     if impl == "auto":
         impl = "triton" if on_gpu and has_triton() and tensor.dtype != torch.float64 else "eager"
@@ -73,16 +76,26 @@ def row_kernels(impl: str, tensor: Tensor) -> Any:
     return token_logprobs
 
 
+def check_impl(impl: str) -> None:
+    """Whether it can serve a tensor shows when it is asked to: see `row_kernels`."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
+
+
 def check_float(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name} is {got}; it must be a floating-point tensor (bfloat16, float16, float32, float64).")
 
 
+def check_integers(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} is {got}; it must be a tensor of integers (int64).")
+
+
 def check_labels(labels: Tensor, shape: torch.Size | tuple[int, ...], like: Tensor, like_name: str) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels is {got}; it must be a tensor of integers (int64).")
+    check_integers("labels", labels)
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}, but {like_name} of shape {tuple(like.shape)} "
@@ -96,3 +109,37 @@ def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Non
         raise ValueError(
             f"{name} is on {tensor.device} and {like_name} on {like.device}; move {name} with .to({like_name}.device)."
         )
+
+
+def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    check_float("hidden", hidden)
+    check_float("weight", weight)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; it must be (N, D): one row a token.")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; with hidden of shape {tuple(hidden.shape)} "
+            f"it must be (V, {hidden.shape[1]})."
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; the vocabulary (first dimension) must not be empty.")
+    check_device("weight", weight, hidden, "hidden")
+    check_labels(labels, hidden.shape[:1], hidden, "hidden")
+    if bias is not None:
+        check_float("bias", bias)
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight's {weight.shape[0]} rows need "
+                             f"({weight.shape[0]},).")  # fmt: skip
+        check_device("bias", bias, hidden, "hidden")
+
+
+def compute_dtype(hidden: Tensor, head_dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of the head's products: the one asked for, else autocast's where it is on, else that of hidden."""
+    if head_dtype is not None:
+        if head_dtype not in _FLOATS:
+            raise ValueError(f"head_dtype is {head_dtype}; it must be one of {', '.join(map(str, _FLOATS))}, or None.")
+        return head_dtype
+    kind = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype

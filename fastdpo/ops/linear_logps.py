@@ -1,4 +1,8 @@
-"""Per-token log-probs from hidden states, without the logits of all tokens."""
+"""Per-token log-probs from hidden states, without the logits of all tokens.
+
+linear_logprobs (kernels) <- the operators fastdpo::linear_token_logps and linear_token_logps_backward <-
+`linear_token_logps`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastdpo.ops.dispatch import LogitOptions, check_device, check_float, check_labels, row_kernels
-from fastdpo.types import IGNORE_INDEX, TokenStats
+from fastdpo.ops.budget import plan, resolve_budget
+from fastdpo.ops.dispatch import LogitOptions, check_impl, check_linear, compute_dtype, row_kernels
+from fastdpo.ops.library import define, see_products
+from fastdpo.types import IGNORE_INDEX, TokenStats, accumulation_dtype
 
 
 def linear_token_logps(
@@ -21,32 +28,41 @@ def linear_token_logps(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    head_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """token_logps(hidden @ weight.T + bias, labels), a tile of logits at a time.
+    """token_logps(hidden @ weight.T + bias, labels), as much of the logits at a time as the memory budget holds.
 
     Args:
         hidden: (N, D) floating point.
-        weight: (V, D), the head's weight; where its dtype differs from that of `hidden`, the product runs in the dtype
-            of `hidden` (under autocast: in the autocast dtype).
-        labels: (N,) integers in [0, V), or `ignore_index`.
+        weight: (V, D), the head's weight. Where its dtype is another than that of the products, it is cast a slab at a
+            time.
+        labels: (N,) integers in [0, V), or `ignore_index`. On a CPU rows without a target cost nothing; on a GPU to
+            leave them out would be a sync, so pass only rows that have one.
         bias: (V,) or None.
-        memory_budget: bytes that the tile of logits may take. Default: see `default_budget`.
+        head_dtype: dtype of logits and products. Default: that of autocast where it is on, else that of `hidden`.
+            `torch.float32` gives a float32 head to a bfloat16 model.
+        memory_budget: bytes that logits may take. Default: an eighth of the free memory (64 MiB on a CPU).
         The other arguments are those of `token_logps`.
 
     Returns:
-        (N,) float32 (float64 for float64 `hidden`), in nats. Gradients reach hidden, weight and bias; the gradient of
-        the weight is accumulated in float32. FLOPs, with 2NDV for one product: 2NDV without a gradient, 4NDV where only
-        `hidden` needs one, 8NDV where weight or bias need one (the backward forms the tiles again).
+        (N,) float32 (float64 for a float64 head), in nats. Gradients reach hidden, weight and bias; a sum over several
+        tiles for the weight runs in float32. What is done follows from what needs a gradient; with 2NDV FLOPs for one
+        product, forward and backward together cost
+
+            nothing needs one       2NDV            one tile of logits
+            hidden alone            4NDV            one tile, and dlogp/dhidden (N, D)
+            weight or bias, too     (8 - 2f)NDV     f: the share of the rows whose logits the budget holds
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an option out of range.
     """
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
     return linear_token_logps_with_stats(
-        hidden, weight, labels, options, bias=bias, stats=False, memory_budget=memory_budget, impl=impl
-    )[0]
+        hidden, weight, labels, options, bias=bias, stats=False, head_dtype=head_dtype, memory_budget=memory_budget,
+        impl=impl,
+    )[0]  # fmt: skip
 
 
 def linear_token_logps_with_stats(
@@ -57,115 +73,151 @@ def linear_token_logps_with_stats(
     *,
     bias: Tensor | None = None,
     stats: bool = True,
+    head_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, TokenStats | None]:
     """As `linear_token_logps`; with `stats`, also the token statistics of the same pass (zero where ignored)."""
     check_linear(hidden, weight, labels, bias)
-    dtype = compute_dtype(hidden)
-    # A cast outside the function: autograd brings the gradient back to the dtype of the tensor.
-    hidden = hidden.to(dtype)
-    kernels = row_kernels(impl, hidden)
-    tile = tile_rows(weight, dtype, memory_budget)
-    logps, rows = LinearTokenLogpsFunction.apply(hidden, weight, bias, labels.long(), options, stats, tile, kernels)
-    return logps, None if rows is None else TokenStats.from_rows(rows)
+    check_impl(impl)
+    # A cast outside the operator: autograd brings the gradient back to the dtype of the tensor.
+    hidden = hidden.to(compute_dtype(hidden, head_dtype))
+    budget = resolve_budget(memory_budget, hidden.device)
+    labels, n = labels.long(), hidden.shape[0]
+    targets = None
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        kept = labels != options.ignore_index
+        if not kept.all():
+            (targets,) = kept.nonzero(as_tuple=True)
+            hidden, labels = hidden[targets], labels[targets]
+    needs = needed_gradients(hidden, weight, bias)
+    tile, keep = plan(hidden.shape[0], weight.shape[0], hidden.dtype, budget, keep=needs[1] or needs[2])
+    see_products()
+    logps, _, rows, _ = _forward_op(
+        hidden, weight, bias, labels, *options.as_arguments(), stats, *needs, tile, keep, impl
+    )
+    if targets is not None:
+        logps = logps.new_zeros(n).index_put((targets,), logps)
+        rows = rows.new_zeros(rows.shape[0], n).index_copy(1, targets, rows)
+    return logps, TokenStats.from_rows(rows) if stats else None
 
 
-def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    check_float("hidden", hidden)
-    check_float("weight", weight)
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; it must be (N, D): one row a token.")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; with hidden of shape {tuple(hidden.shape)} "
-            f"it must be (V, {hidden.shape[1]})."
-        )
-    check_device("weight", weight, hidden, "hidden")
-    check_labels(labels, hidden.shape[:1], hidden, "hidden")
-    if bias is not None:
-        check_float("bias", bias)
-        if tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight's {weight.shape[0]} rows need "
-                             f"({weight.shape[0]},).")  # fmt: skip
-        check_device("bias", bias, hidden, "hidden")
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the head's products: that of autocast where it is on, else that of `hidden`."""
-    kind = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return hidden.dtype
-
-
-def default_budget(device: torch.device) -> int:
-    """Bytes for the tile: an eighth of the free memory of a GPU (at least 256 MiB); 64 MiB on a CPU.
-
-    On a CPU a tile of a few hundred rows already runs the products at full speed, and a larger one only leaves the
-    caches.
-    """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        # What PyTorch has reserved but not handed out counts as free, too.
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return max(free // 8, 1 << 28)
-    return 1 << 26
-
-
-def tile_rows(weight: Tensor, dtype: torch.dtype, memory_budget: int | None) -> int:
-    """How many rows of logits (C, V) the budget holds; at least one, at most 16384."""
-    if memory_budget is None:
-        memory_budget = default_budget(weight.device)
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
-        raise ValueError(f"memory_budget is {memory_budget!r}; it must be a number of bytes above 0, or None.")
-    return max(1, min(16384, memory_budget // max(1, weight.shape[0] * dtype.itemsize)))
-
-
-class LinearTokenLogpsFunction(torch.autograd.Function):
-    """Keeps u = dlogp/dhidden (N, D) where only `hidden` needs a gradient; else hidden and lse, and tiles again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: LogitOptions,
-        stats: bool, tile: int, kernels: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        from fastdpo_kernels import linear_logprobs as kernel
-
-        head = make_head(weight, bias, hidden.dtype, options, kernels)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        ctx.frozen_head = needs_hidden and not (needs_weight or needs_bias)
-        if ctx.frozen_head:
-            logps, u, all_stats = kernel.fwd_with_hidden_grad(hidden, labels, head, tile=tile, stats=stats)
-            ctx.save_for_backward(u)
-        else:
-            logps, lse, all_stats = kernel.fwd(hidden, labels, head, tile=tile, stats=stats)
-            ctx.save_for_backward(hidden, weight, bias, labels, lse)
-        ctx.options, ctx.tile, ctx.kernels = options, tile, kernels
-        if all_stats is not None:
-            ctx.mark_non_differentiable(all_stats)
-        return logps, all_stats
-
-    @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        from fastdpo_kernels import linear_logprobs as kernel
-
-        if ctx.frozen_head:
-            (u,) = ctx.saved_tensors
-            return ((u * grad_logps.unsqueeze(1)).to(u.dtype), *[None] * 7)
-        hidden, weight, bias, labels, lse = ctx.saved_tensors
-        head = make_head(weight, bias, hidden.dtype, ctx.options, ctx.kernels)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grads = kernel.HeadGrads.zeros(head, needs_weight, needs_bias)
-        dhidden = torch.empty_like(hidden) if needs_hidden else None
-        kernel.bwd(hidden, labels, lse, grad_logps, head, grads, tile=ctx.tile, dhidden=dhidden)
-        dweight = None if grads.weight is None else grads.weight.to(weight.dtype)
-        dbias = None if grads.bias is None or bias is None else grads.bias.to(bias.dtype)
-        return (dhidden, dweight, dbias, *[None] * 5)
+def needed_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    if not torch.is_grad_enabled():
+        return False, False, False
+    return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
 
 
 def make_head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, options: LogitOptions, kernels: Any) -> Any:
-    """The kernels' view of a head, its weight and bias in the dtype of the products."""
     from fastdpo_kernels.linear_logprobs import Head
 
-    return Head(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), options.kwargs(), kernels)
+    return Head(weight.detach(), None if bias is None else bias.detach(), dtype, options.kwargs(), kernels)
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, temperature: float,
+    softcap: float | None, logit_scale: float, stats: bool, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
+    tile: int, kept: int, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logps (N,), log-sum-exp (N,), statistics (4|0, N), and what the backward needs besides.
+
+    That is u = dlogp/dhidden (N, D) for a frozen head, P~ of the kept rows (kept, V) for a trainable one, else (0, V).
+    """
+    from fastdpo_kernels import linear_logprobs as kernel
+
+    options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
+    head = make_head(weight, bias, hidden.dtype, options, row_kernels(impl, hidden))
+    results = kernel.RowResults(hidden, stats)
+    buffer = head.buffer(min(tile, hidden.shape[0] - kept))
+    if needs_hidden and not (needs_weight or needs_bias):
+        saved = kernel.fwd_with_hidden_grad(hidden, labels, head, results, buffer)
+    else:
+        saved = kernel.fwd_keeping(hidden, labels, head, results, buffer, kept=kept)
+    return results.logps, results.lse, results.stats, saved
+
+
+def _forward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, temperature: float,
+    softcap: float | None, logit_scale: float, stats: bool, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
+    tile: int, kept: int, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    n, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
+    frozen = needs_hidden and not (needs_weight or needs_bias)
+    return (
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty((4 if stats else 0, n), dtype=dtype),
+        hidden.new_empty(hidden.shape if frozen else (kept, weight.shape[0])),
+    )
+
+
+def _backward(
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, p: Tensor,
+    ignore_index: int, temperature: float, softcap: float | None, logit_scale: float, needs_hidden: bool,
+    needs_weight: bool, needs_bias: bool, tile: int, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dhidden (N, D), dweight (V, D), dbias (V,), in the dtypes of their tensors; empty where not needed."""
+    from fastdpo_kernels import linear_logprobs as kernel
+
+    options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
+    head = make_head(weight, bias, hidden.dtype, options, row_kernels(impl, hidden))
+    n, kept = hidden.shape[0], p.shape[0]
+    count = kernel.tile_count(n, kept, tile)
+    grads = kernel.HeadGrads(head, weight=needs_weight, bias=needs_bias, tiles=count)
+    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+    grad_logps = grad_logps.to(lse.dtype)
+    if kept:
+        kernel.tile_bwd(slice(0, kept), p, hidden, grad_logps, head, grads, dhidden)
+    buffer = head.buffer(min(tile, n - kept))
+    kernel.bwd(hidden, labels, lse, grad_logps, head, grads, dhidden, buffer, start=kept)
+    return (
+        hidden.new_empty(0) if dhidden is None else dhidden,
+        weight.new_empty(0) if grads.weight is None else grads.weight.to(weight.dtype),
+        weight.new_empty(0) if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
+    )
+
+
+def _backward_fake(
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, p: Tensor,
+    ignore_index: int, temperature: float, softcap: float | None, logit_scale: float, needs_hidden: bool,
+    needs_weight: bool, needs_bias: bool, tile: int, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        weight.new_empty(0) if bias is None or not needs_bias else bias.new_empty(bias.shape),
+    )
+
+
+_forward_op = define("linear_token_logps", _forward)
+_forward_op.register_fake(_forward_fake)
+_backward_op = define("linear_token_logps_backward", _backward)
+_backward_op.register_fake(_backward_fake)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, *options, _, needs_hidden, needs_weight, needs_bias, tile, _, impl = inputs
+    _, lse, stats, saved = output
+    ctx.mark_non_differentiable(lse, stats, saved)
+    ctx.set_materialize_grads(False)
+    ctx.options, ctx.needs, ctx.tile, ctx.impl = options, (needs_hidden, needs_weight, needs_bias), tile, impl
+    ctx.frozen_head = not (needs_weight or needs_bias)
+    if ctx.frozen_head:
+        ctx.save_for_backward(saved)
+    else:
+        ctx.save_for_backward(hidden, weight, bias, labels, lse, saved)
+
+
+@once_differentiable
+def _autograd(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_logps is None:
+        return (None,) * 15
+    if ctx.frozen_head:
+        (u,) = ctx.saved_tensors
+        # Rounded once, and without a float32 copy of u.
+        return torch.mul(u, grad_logps.unsqueeze(1), out=torch.empty_like(u)), *(None,) * 14
+    grads = _backward_op(grad_logps, *ctx.saved_tensors, *ctx.options, *ctx.needs, ctx.tile, ctx.impl)
+    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), *(None,) * 12
+
+
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -12,13 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fastdpo.ops.budget import rows_within
 from fastdpo.ops.dispatch import LogitOptions, row_kernels
-from fastdpo.ops.linear_logps import check_linear, compute_dtype, make_head, tile_rows
+from fastdpo.ops.linear_logps import make_head, needed_gradients
 from fastdpo.types import TokenStats
 
 # (first pair, end pair, sums (2, pairs) of chosen and rejected log-probs, requiring grad) -> losses (pairs,)
 PairLoss = Callable[[int, int, Tensor], Tensor]
+
+
+def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, memory_budget: int) -> bool:
+    """Whether forming the gradient in the forward saves something over `linear_token_logps`.
+
+    It does for a trainable head whose logits do not all fit. torch.compile cannot trace a gradient inside a forward.
+    """
+    _, needs_weight, needs_bias = needed_gradients(hidden, weight, bias)
+    if torch.compiler.is_compiling() or not (needs_weight or needs_bias):
+        return False
+    return hidden.shape[0] > rows_within(memory_budget, weight.shape[0], dtype)
 
 
 def fused_pair_loss(
@@ -30,15 +43,15 @@ def fused_pair_loss(
     pair_loss: PairLoss,
     options: LogitOptions,
     *,
+    memory_budget: int,
     bias: Tensor | None = None,
     stats: bool = False,
-    memory_budget: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, TokenStats | None]:
     """sum over pairs of pair_loss(log-probs of the pair), without logits of all tokens.
 
     Args:
-        hidden: (N, D), the rows of pair 0 first, then those of pair 1, and so on.
+        hidden: (N, D) in the dtype of the products, the rows of pair 0 first, then those of pair 1, and so on.
         sequence_ids: (N,) in [0, 2B): chosen i is i, rejected i is B + i.
         tokens_per_pair: B host integers that add up to N.
         pair_loss: called once a chunk, under `torch.enable_grad`.
@@ -46,115 +59,95 @@ def fused_pair_loss(
     Returns:
         loss (scalar, differentiable in hidden, weight, bias), losses (B,), logps (2B,), statistics or None.
     """
-    check_linear(hidden, weight, labels, bias)
-    dtype = compute_dtype(hidden)
-    hidden = hidden.to(dtype)
-    kernels = row_kernels(impl, hidden)
-    tile = tile_rows(weight, dtype, memory_budget)
     loss, losses, logps, all_stats = FusedPairLossFunction.apply(
-        hidden,
-        weight,
-        bias,
-        labels.long(),
-        sequence_ids,
-        tuple(tokens_per_pair),
-        pair_loss,
-        options,
-        stats,
-        tile,
-        kernels,
-    )
-    return loss, losses, logps, None if all_stats is None else TokenStats.from_rows(all_stats)
+        hidden, weight, bias, labels.long(), sequence_ids, tuple(tokens_per_pair), pair_loss, options, stats,
+        memory_budget, row_kernels(impl, hidden),
+    )  # fmt: skip
+    return loss, losses, logps, TokenStats.from_rows(all_stats) if stats else None
 
 
-def chunk_pairs(tokens_per_pair: Sequence[int], tile: int) -> list[tuple[int, int]]:
-    """[first, end) ranges of whole pairs with at most `tile` tokens each, of like size; a larger pair stands alone."""
+def chunk_rows(tokens_per_pair: Sequence[int], tile: int) -> list[tuple[int, int, slice]]:
+    """(first pair, end pair, their rows) of chunks of at most `tile` rows, of like size; a larger pair stands alone."""
     total = sum(tokens_per_pair)
     aim = -(-total // max(1, -(-total // tile)))  # as many chunks as the tile makes necessary, all alike
-    chunks: list[tuple[int, int]] = []
-    first, tokens = 0, 0
+    chunks: list[tuple[int, int, slice]] = []
+    first, start, stop = 0, 0, 0
     for pair, count in enumerate(tokens_per_pair):
-        if pair > first and (tokens >= aim or tokens + count > tile):
-            chunks.append((first, pair))
-            first, tokens = pair, 0
-        tokens += count
+        if pair > first and (stop - start >= aim or stop - start + count > tile):
+            chunks.append((first, pair, slice(start, stop)))
+            first, start = pair, stop
+        stop += count
     if first < len(tokens_per_pair):
-        chunks.append((first, len(tokens_per_pair)))
+        chunks.append((first, len(tokens_per_pair), slice(start, stop)))
     return chunks
 
 
 class FusedPairLossFunction(torch.autograd.Function):
+    """For a trainable head; the gradients of all tensors are formed in the forward, and scaled in the backward."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, sequence_ids: Tensor,
-        tokens_per_pair: tuple[int, ...], pair_loss: PairLoss, options: LogitOptions, stats: bool, tile: int,
+        tokens_per_pair: tuple[int, ...], pair_loss: PairLoss, options: LogitOptions, stats: bool, memory_budget: int,
         kernels: Any,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         from fastdpo_kernels import linear_logprobs as kernel
 
         head = make_head(weight, bias, hidden.dtype, options, kernels)
+        tile = rows_within(memory_budget, weight.shape[0], hidden.dtype)
+        chunks, num_pairs = chunk_rows(tokens_per_pair, tile), len(tokens_per_pair)
+        # A pair larger than the tile stands alone: log-probs first, and its tiles again for the gradient.
+        count = sum(kernel.tile_count(rows.stop - rows.start, 0, tile) for _, _, rows in chunks)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        needs_grad = needs_hidden or needs_weight or needs_bias
-        grads = kernel.HeadGrads.zeros(head, needs_weight, needs_bias)
-        dhidden = torch.empty_like(hidden) if needs_hidden else None
-        buffer = head.buffer(hidden, tile)
-        num_pairs = len(tokens_per_pair)
-        losses_parts, sums_parts, stats_parts = [], [], []
-        start = 0
-        for first, end in chunk_pairs(tokens_per_pair, tile):
-            part = slice(start, start + sum(tokens_per_pair[first:end]))
-            start = part.stop
-            h, y = hidden[part], labels[part]
-            fits = h.shape[0] <= tile
-            if fits:
-                x = head.logits(h, buffer)
-                logps, lse, chunk_stats = kernels.token_logprobs_fwd(x, y, stats=stats, **head.options)
-            else:  # one pair larger than the tile: its log-probs first, its tiles again for the gradient
-                logps, lse, chunk_stats = kernel.fwd(h, y, head, tile=tile, stats=stats)
-            # chosen i -> i - first, rejected B + i -> (end - first) + i - first
-            ids = sequence_ids[part] - first
-            ids = torch.where(ids >= num_pairs - first, ids - num_pairs + (end - first), ids)
-            sums = logps.new_zeros(2 * (end - first)).index_add_(0, ids, logps)
-            losses, grad_sums = _pair_gradient(pair_loss, first, end, sums, needs_grad)
-            losses_parts.append(losses)
-            sums_parts.append(sums.view(2, -1))
-            stats_parts.append(chunk_stats)
-            if not needs_grad:
-                continue
-            g = grad_sums[ids]
-            dh = None if dhidden is None else dhidden[part]
-            if fits:
-                kernel.tile_bwd(kernel.to_gradient(x, y, lse, head), h, g, head, grads, dh)
+        grads = kernel.HeadGrads(head, weight=needs_weight, bias=needs_bias, tiles=count)
+        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+        results = kernel.RowResults(hidden, stats)
+        losses, sums = results.logps.new_empty(num_pairs), results.logps.new_empty(2, num_pairs)
+        token_grads = torch.empty_like(results.logps)  # (N,) dL/dlogp
+        buffer = head.buffer(min(tile, max((rows.stop - rows.start for _, _, rows in chunks), default=0)))
+        for first, end, rows in chunks:
+            n = rows.stop - rows.start
+            if n <= tile:
+                p = head.logits(hidden[rows], buffer[:n])
+                results.forward_to_gradient(rows, p, labels[rows], head)
             else:
-                kernel.bwd(h, y, lse, g, head, grads, tile=tile, dhidden=dh)
-        if losses_parts:
-            losses, logps = torch.cat(losses_parts), torch.cat(sums_parts, dim=1).view(-1)
-        else:
-            losses = logps = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        all_stats = torch.cat(stats_parts, dim=1) if stats and stats_parts else None
+                kernel.fwd(hidden, labels, head, results, buffer, start=rows.start, end=rows.stop)
+            # chosen i -> i - first, rejected B + i -> (end - first) + i - first
+            ids = sequence_ids[rows] - first
+            ids = torch.where(ids >= num_pairs - first, ids - num_pairs + (end - first), ids)
+            chunk_sums = sums.new_zeros(2 * (end - first)).index_add_(0, ids, results.logps[rows]).view(2, -1)
+            losses[first:end], grad_sums = _pair_gradient(pair_loss, first, end, chunk_sums)
+            sums[:, first:end] = chunk_sums
+            token_grads[rows] = grad_sums[ids]
+            if n <= tile:
+                kernel.tile_bwd(rows, p, hidden, token_grads, head, grads, dhidden)
+            else:
+                kernel.bwd(hidden, labels, results.lse, token_grads, head, grads, dhidden, buffer, start=rows.start,
+                           end=rows.stop)  # fmt: skip
         ctx.save_for_backward(dhidden, grads.weight, grads.bias)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(losses, logps, *([] if all_stats is None else [all_stats]))
-        return losses.sum(), losses, logps, all_stats
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        logps = sums.view(-1)
+        ctx.mark_non_differentiable(losses, logps, results.stats)
+        return losses.sum(), losses, logps, results.stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # Scaled where they stand: a second float32 copy of a head's gradient can be gigabytes. Autograd sees it,
-        # so a second backward through the same graph raises instead of scaling twice.
-        dhidden, dweight, dbias = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
-        if dweight is not None:
-            dweight = dweight.to(ctx.dtypes[0])
-        if dbias is not None:
-            dbias = dbias.to(ctx.dtypes[1])
-        return (dhidden, dweight, dbias, *[None] * 8)
+        # In place where the dtype is already that of the tensor: a second copy of a head's gradient can be gigabytes.
+        # Autograd sees the change, so a second backward through the same graph raises instead of scaling twice.
+        scaled = []
+        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            if grad is None or grad.dtype == dtype:
+                scaled.append(None if grad is None else grad.mul_(grad_loss))
+            else:  # scaled and cast in one pass
+                scaled.append(torch.mul(grad, grad_loss, out=torch.empty_like(grad, dtype=dtype)))
+        return (*scaled, *[None] * 8)
 
 
-def _pair_gradient(pair_loss: PairLoss, first: int, end: int, sums: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
+def _pair_gradient(pair_loss: PairLoss, first: int, end: int, sums: Tensor) -> tuple[Tensor, Tensor]:
     """losses (pairs,) and d sum(losses) / d sums, flat (2 * pairs,): chosen first, then rejected."""
     with torch.enable_grad():
-        leaf = sums.view(2, -1).detach().requires_grad_(needs_grad)
+        leaf = sums.detach().requires_grad_()
         losses = pair_loss(first, end, leaf)
-        if not needs_grad:
-            return losses.detach(), sums
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
     return losses.detach(), grad.reshape(-1)

@@ -1,4 +1,8 @@
-"""Per-token log-probs from logits, with the gradient written by one kernel."""
+"""Per-token log-probs from logits, with the gradient written by one kernel.
+
+token_logprobs_fwd, token_logprobs_bwd (kernels) <- the operators fastdpo::token_logps, token_logps_backward and
+token_logps_backward_ <- `token_logps`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastdpo.ops.dispatch import LogitOptions, check_float, check_labels, row_kernels
+from fastdpo.ops.dispatch import LogitOptions, check_float, check_impl, check_labels, row_kernels
+from fastdpo.ops.library import define, see_products
 from fastdpo.types import IGNORE_INDEX, TokenStats, accumulation_dtype
 
 
@@ -25,10 +31,12 @@ def token_logps(
     """log_softmax(z, -1).gather(-1, labels), with z = softcap * tanh(logit_scale * logits / softcap) / temperature.
 
     Without `softcap`, z = logit_scale * logits / temperature. There is no shift: labels[i] is the token whose
-    log-prob logits[i] gives.
+    log-prob logits[i] gives. One read of the logits forward, one read and one write backward; nothing waits for the
+    device. An operator of torch.library: `torch.compile(fullgraph=True)` traces through it.
 
     Args:
-        logits: (..., V) bfloat16, float16, float32 or float64, on CPU or GPU.
+        logits: (..., V) bfloat16, float16, float32 or float64, on CPU or GPU. -inf is a legal mask (without `softcap`,
+            which makes it -softcap).
         labels: (...) integers in [0, V), or `ignore_index`.
         ignore_index: rows with this label are not read; their log-prob is 0 and their gradient zero.
         inplace_backward: the backward writes the gradient over `logits`, which saves a second tensor of that size.
@@ -61,9 +69,12 @@ def token_logps_with_stats(
     check_labels(labels, logits.shape[:-1], logits, "logits")
     if logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; the vocabulary (last dimension) must not be empty.")
-    kernels = row_kernels(impl, logits)
-    logps, rows = TokenLogpsFunction.apply(logits, labels.long(), options, stats, inplace_backward, kernels)
-    return logps, None if rows is None else TokenStats(*(row.view(labels.shape) for row in rows.unbind(0)))
+    check_impl(impl)
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    see_products()
+    logps, _, rows = _forward_op(logits, labels.long(), *options.as_arguments(), stats, inplace_backward, impl)
+    return logps, TokenStats.from_rows(rows) if stats else None
 
 
 def _as_rows(tensor: Tensor) -> list[Tensor]:
@@ -78,51 +89,103 @@ def _as_rows(tensor: Tensor) -> list[Tensor]:
         return [rows for part in tensor.unbind(0) for rows in _as_rows(part)]
 
 
-class TokenLogpsFunction(torch.autograd.Function):
-    """Forward keeps logits and log-sum-exp; backward forms grad * (onehot - p) * dz/dx."""
+def _outputs(logits: Tensor, labels: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialized logps (...), log-sum-exp (...), statistics (4, ...), or (0, ...) where not asked for."""
+    dtype = accumulation_dtype(logits.dtype)
+    logps = torch.empty(labels.shape, dtype=dtype, device=logits.device)
+    return logps, torch.empty_like(logps), logps.new_empty((4 if stats else 0, *labels.shape))
 
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, options: LogitOptions, stats: bool, inplace: bool, kernels: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-            logits, inplace = logits.contiguous(), False
-        n = labels.numel()
-        dtype = accumulation_dtype(logits.dtype)
-        logps = torch.empty(labels.shape, dtype=dtype, device=logits.device)
-        lse = torch.empty(n, dtype=dtype, device=logits.device)
-        all_stats = torch.empty((4, n), dtype=dtype, device=logits.device) if stats else None
-        start = 0
-        flat_labels, flat_logps = labels.reshape(-1), logps.view(-1)
-        for rows in _as_rows(logits):
-            part = slice(start, start + rows.shape[0])
-            out = kernels.token_logprobs_fwd(rows, flat_labels[part], stats=stats, **options.kwargs())
-            flat_logps[part], lse[part] = out[0], out[1]
-            if all_stats is not None:
-                all_stats[:, part] = out[2]
-            start = part.stop
-        ctx.save_for_backward(logits, flat_labels, lse)
-        ctx.options, ctx.inplace, ctx.kernels = options, inplace, kernels
-        if all_stats is not None:
-            ctx.mark_non_differentiable(all_stats)
-        return logps, all_stats
 
-    @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        logits, labels, lse = ctx.saved_tensors
-        out = logits if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-        out_rows = None if ctx.inplace else out.view(-1, out.shape[-1])
-        grad_logps = grad_logps.reshape(-1).to(lse.dtype)
-        start = 0
-        for rows in _as_rows(logits):
-            part = slice(start, start + rows.shape[0])
-            target = rows if out_rows is None else out_rows[part]
-            ctx.kernels.token_logprobs_bwd(
-                rows, labels[part], lse[part], grad_logps[part], out=target, **ctx.options.kwargs()
-            )
-            start = part.stop
-        if ctx.inplace:
-            # Autograd now knows that the saved logits are gone: a second backward raises instead of using them.
-            torch.autograd.graph.increment_version(logits)
-            out = out.detach()
-        return out, None, None, None, None, None
+def _forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, temperature: float, softcap: float | None, logit_scale: float,
+    stats: bool, inplace_backward: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kernels, options = row_kernels(impl, logits), LogitOptions(ignore_index, temperature, softcap, logit_scale)
+    logps, lse, all_stats = _outputs(logits, labels, stats)
+    flat_labels, flat_logps, flat_lse = labels.reshape(-1), logps.view(-1), lse.view(-1)
+    flat_stats = all_stats.view(all_stats.shape[0], labels.numel())
+    start = 0
+    for rows in _as_rows(logits):
+        part = slice(start, start + rows.shape[0])
+        out = kernels.token_logprobs_fwd(rows, flat_labels[part], stats=stats, **options.kwargs())
+        flat_logps[part], flat_lse[part] = out[0], out[1]
+        if stats:
+            flat_stats[:, part] = out[2]
+        start = part.stop
+    return logps, lse, all_stats
+
+
+def _backward_into(
+    out: Tensor, grad_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, options: LogitOptions, impl: str
+) -> None:
+    kernels = row_kernels(impl, logits)
+    flat_labels, flat_lse, flat_grad = labels.reshape(-1), lse.reshape(-1), grad_logps.reshape(-1).to(lse.dtype)
+    start = 0
+    for rows, target in zip(_as_rows(logits), _same_rows(out, logits), strict=True):
+        part = slice(start, start + rows.shape[0])
+        kernels.token_logprobs_bwd(
+            rows, flat_labels[part], flat_lse[part], flat_grad[part], out=target, **options.kwargs()
+        )
+        start = part.stop
+
+
+def _same_rows(out: Tensor, logits: Tensor) -> list[Tensor]:
+    """`out`, contiguous or `logits` itself, in blocks of as many rows as those of `logits`."""
+    if out is logits:
+        return _as_rows(logits)
+    return list(out.view(-1, out.shape[-1]).split([rows.shape[0] for rows in _as_rows(logits)]))
+
+
+def _backward(
+    grad_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, temperature: float,
+    softcap: float | None, logit_scale: float, impl: str,
+) -> Tensor:  # fmt: skip
+    """grad_logps * (onehot - p) * dz/dx, (..., V), contiguous."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
+    _backward_into(out, grad_logps, logits, labels, lse, options, impl)
+    return out
+
+
+def _backward_(
+    grad_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, temperature: float,
+    softcap: float | None, logit_scale: float, impl: str,
+) -> None:  # fmt: skip
+    """The same, written over the logits."""
+    options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
+    _backward_into(logits, grad_logps, logits, labels, lse, options, impl)
+
+
+_forward_op = define("token_logps", _forward)
+_forward_op.register_fake(lambda logits, labels, *arguments: _outputs(logits, labels, stats=arguments[4]))
+_backward_op = define("token_logps_backward", _backward)
+_backward_op.register_fake(
+    lambda grad_logps, logits, *arguments: torch.empty_like(logits, memory_format=torch.contiguous_format)
+)
+_backward_op_ = define("token_logps_backward_", _backward_, mutates=("logits",))
+_backward_op_.register_fake(lambda *arguments: None)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, *options, _, ctx.inplace, ctx.impl = inputs
+    ctx.options = options
+    _, lse, stats = output
+    ctx.mark_non_differentiable(lse, stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, lse)
+
+
+@once_differentiable
+def _autograd(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_logps is None:
+        return (None,) * 9
+    logits, labels, lse = ctx.saved_tensors
+    arguments = (grad_logps, logits, labels, lse, *ctx.options, ctx.impl)
+    if not ctx.inplace:
+        return _backward_op(*arguments), *(None,) * 8
+    # The operator marks the saved logits as changed: a second backward raises instead of using what is left of them.
+    _backward_op_(*arguments)
+    return logits.detach(), *(None,) * 8
+
+
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -57,7 +57,7 @@ class DPOConfig(TrainingArguments):
     attention_backend: str = _help("Attention of packed rows: auto, flash_attn, torch_varlen or sdpa.", "auto")
     padding_free: bool = _help("TRL's name for running without padding, which packing does.", False)
     pad_to_multiple_of: int | str | None = _help("For packing=padded: pad to a multiple of this.", "auto")
-    memory_budget: int | None = _help("Bytes for the tile of logits; unset, chosen by device.", None)
+    memory_budget: int | None = _help("Bytes for logits; unset, an eighth of the free memory (64 MiB on a CPU).", None)
 
     precompute_ref_log_probs: bool = _help(
         "Compute the reference log-probs once, before training, and keep them on disk; no reference model in memory.",

@@ -13,6 +13,7 @@ in the cache, and beside its results a call allocates no more than a few chunks.
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +32,15 @@ def _arithmetic_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def _chunk_rows(logits: Tensor) -> int:
+    n, v = logits.shape
+    chunk = CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK
+    return min(n, max(1, chunk // (v * _arithmetic_dtype(logits).itemsize)))
+
+
 def _new_buffer(logits: Tensor) -> Tensor:
     """An uninitialized chunk (rows, V)."""
-    n, v = logits.shape
-    dtype = _arithmetic_dtype(logits)
-    chunk = CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK
-    return torch.empty(min(n, max(1, chunk // (v * dtype.itemsize))), v, dtype=dtype, device=logits.device)
+    return torch.empty(_chunk_rows(logits), logits.shape[1], dtype=_arithmetic_dtype(logits), device=logits.device)
 
 
 def _chunks(kept: Tensor, step: int) -> Iterator[tuple[slice, bool]]:
@@ -72,6 +76,48 @@ def _scaled(x: Tensor, factor: float, out: Tensor) -> Tensor:
     return x if factor == 1.0 else torch.mul(x, factor, out=out)
 
 
+class _Softmax(NamedTuple):
+    """What a chunk of C rows of raw logits tells, and what its gradient can be made of."""
+
+    logp: Tensor  # (C,)
+    lse: Tensor  # (C,)
+    stats: Tensor | None  # (4, C)
+    e: Tensor  # (C, V) exp(z - anchor), in the chunk's work space
+    total: Tensor  # (C, 1) its sums
+    slope: Tensor | None  # (C, V) dz/dx under a softcap, where asked for
+
+
+def _softmax(
+    x: Tensor, targets: Tensor, in_range: Tensor, work: Tensor, inner: float, outer: float, softcap: bool,
+    stats: bool, slope: bool = False,
+) -> _Softmax:  # fmt: skip
+    """x (C, V) raw logits, targets and in_range (C, 1); `work` (C, V) is written over and may be x."""
+    if softcap:
+        z = torch.tanh(_scaled(x, inner, work), out=work).mul_(outer)
+    else:
+        z = _scaled(x, outer, work)
+    dz = z.square().mul_(-inner / outer).add_(outer * inner) if softcap and slope else None
+    m = z.amax(1, keepdim=True)  # (C, 1)
+    label_z = z.gather(1, targets).masked_fill_(~in_range, torch.nan)
+    mean_z = z.mean(1) if stats else None
+    anchor = m.masked_fill(m == -torch.inf, 0.0)  # all masked: -inf - -inf would be NaN
+    d = torch.sub(z, anchor, out=work)
+    d_kept = d.clone() if stats else None
+    e = _exp_(d)
+    total = e.sum(1, keepdim=True)  # (C, 1)
+    log_total = total.log()
+    values = None
+    if d_kept is not None and mean_z is not None:
+        total_ed = d_kept.clamp_(min=FLOOR).mul_(e).sum(1)
+        total_ee = torch.mul(e, e, out=d_kept).sum(1)
+        flat = log_total.squeeze(1)
+        top1 = (label_z >= m).squeeze(1).to(work.dtype)
+        values = torch.stack([flat - total_ed / total.squeeze(1), mean_z, top1, total_ee.log() - 2.0 * flat])
+    # Not label_z - lse, which rounds twice at the size of m.
+    logp = (label_z - anchor - log_total).squeeze(1)
+    return _Softmax(logp, (anchor + log_total).squeeze(1), values, e, total, dz)
+
+
 def token_logprobs_fwd(
     logits: Tensor,
     labels: Tensor,
@@ -93,7 +139,7 @@ def token_logprobs_fwd(
     assert v > 0 and labels.shape == (n,)
     inner, outer = _factors(temperature, softcap, logit_scale)
     kept = labels != ignore_index
-    in_range = (labels >= 0) & (labels < v)
+    in_range = ((labels >= 0) & (labels < v)).unsqueeze(1)  # (N, 1)
     targets = labels.clamp(0, v - 1).unsqueeze(1)  # (N, 1)
 
     buffer = _new_buffer(logits)
@@ -102,29 +148,63 @@ def token_logprobs_fwd(
     statistics = logps.new_zeros(4, n) if stats else None
     for rows, _ in _chunks(kept, len(buffer)):
         work = buffer[: rows.stop - rows.start]  # (C, V)
-        if softcap is None:
-            z = _scaled(logits[rows], outer, work)
-        else:
-            z = torch.tanh(_scaled(logits[rows], inner, work), out=work).mul_(outer)
-        m = z.amax(1, keepdim=True)  # (C, 1)
-        label_z = z.gather(1, targets[rows]).masked_fill_(~in_range[rows].unsqueeze(1), torch.nan)
-        mean_z = z.mean(1) if stats else None
-        anchor = m.masked_fill(m == -torch.inf, 0.0)  # all masked: -inf - -inf would be NaN
-        d = torch.sub(z, anchor, out=work)
-        e = _exp_(d.clone() if stats else d)
-        total = e.sum(1)  # (C,)
-        log_total = total.log()
-        # Not label_z - lse, which rounds twice at the size of m.
-        logp = (label_z - anchor).squeeze(1) - log_total
-        logps[rows] = logp.where(kept[rows], 0.0)
-        lse[rows] = (anchor.squeeze(1) + log_total).where(kept[rows], 0.0)
-        if statistics is not None and mean_z is not None:
-            total_ed = d.clamp_(min=FLOOR).mul_(e).sum(1)
-            total_ee = e.square_().sum(1)
-            top1 = (label_z >= m).squeeze(1).to(work.dtype)
-            values = torch.stack([log_total - total_ed / total, mean_z, top1, total_ee.log() - 2.0 * log_total])
-            statistics[:, rows] = values.where(kept[rows], 0.0)
+        chunk = _softmax(logits[rows], targets[rows], in_range[rows], work, inner, outer, softcap is not None, stats)
+        logps[rows] = chunk.logp.where(kept[rows], 0.0)
+        lse[rows] = chunk.lse.where(kept[rows], 0.0)
+        if statistics is not None and chunk.stats is not None:
+            statistics[:, rows] = chunk.stats.where(kept[rows], 0.0)
     return logps, lse, statistics
+
+
+def token_logprobs_fwd_grad(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    stats: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """logps (N,) and statistics of `token_logprobs_fwd`; logits become d logp / dx, with one exponential an element.
+
+    logits (N, V) as in `token_logprobs_fwd`, overwritten: zeros where ignored, NaN where the label is outside [0, V).
+    """
+    n, v = logits.shape
+    assert v > 0 and labels.shape == (n,)
+    inner, outer = _factors(temperature, softcap, logit_scale)
+    kept = labels != ignore_index
+    in_range = ((labels >= 0) & (labels < v)).unsqueeze(1)  # (N, 1)
+    targets = labels.clamp(0, v - 1).unsqueeze(1)  # (N, 1)
+    dtype = _arithmetic_dtype(logits)
+    step = _chunk_rows(logits)
+    buffer = None if logits.dtype == dtype else _new_buffer(logits)
+    logps = torch.zeros(n, dtype=dtype, device=logits.device)
+    statistics = logps.new_zeros(4, n) if stats else None
+
+    done = 0  # rows before this one are written
+    for rows, all_kept in _chunks(kept, step):
+        logits[done : rows.start] = 0.0
+        done = rows.stop
+        target = logits[rows]  # (C, V)
+        work = target if buffer is None else buffer[: len(target)]
+        chunk = _softmax(
+            target, targets[rows], in_range[rows], work, inner, outer, softcap is not None, stats, slope=True
+        )
+        logps[rows] = chunk.logp.where(kept[rows], 0.0)
+        if statistics is not None and chunk.stats is not None:
+            statistics[:, rows] = chunk.stats.where(kept[rows], 0.0)
+        slope = outer if softcap is None else 1.0
+        dx = chunk.e.mul_((-slope / chunk.total).masked_fill_(~in_range[rows], torch.nan))
+        dx[torch.arange(len(dx), device=dx.device), targets[rows].squeeze(1)] += slope
+        if chunk.slope is not None:
+            dx.mul_(chunk.slope)
+        if not all_kept:
+            dx.masked_fill_(~kept[rows].unsqueeze(1), 0.0)
+        if dx is not target:
+            target.copy_(dx)
+    logits[done:] = 0.0
+    return logps, statistics
 
 
 def token_logprobs_bwd(
@@ -150,29 +230,31 @@ def token_logprobs_bwd(
     inner, outer = _factors(temperature, softcap, logit_scale)
     kept = labels != ignore_index
     targets = labels.clamp(0, v - 1)  # (N,)
-    buffer = _new_buffer(logits)
-    grads = grad_logps.to(buffer.dtype).masked_fill((labels < 0) | (labels >= v), torch.nan)
+    dtype = _arithmetic_dtype(logits)
+    # The arithmetic runs in `out` itself where that has its dtype; a softcap needs room for its slope besides.
+    buffer = None if out.dtype == dtype and softcap is None else _new_buffer(logits)
+    grads = grad_logps.to(dtype).masked_fill((labels < 0) | (labels >= v), torch.nan)
     if softcap is None:
         grads = grads * outer  # dz/dx is the same for all
     grads, lse = grads.unsqueeze(1), lse.unsqueeze(1)  # (N, 1)
 
     done = 0  # rows before this one are written
-    for rows, all_kept in _chunks(kept, len(buffer)):
+    for rows, all_kept in _chunks(kept, _chunk_rows(logits)):
         out[done : rows.start] = 0.0
         done = rows.stop
-        work = buffer[: rows.stop - rows.start]  # (C, V)
-        target = out[rows]
-        dx = target if target.dtype == work.dtype else work
+        target = out[rows]  # (C, V)
+        work = target if buffer is None else buffer[: len(target)]
+        slope = None
         if softcap is None:
-            z = _scaled(logits[rows], outer, dx)
+            z, dx = _scaled(logits[rows], outer, work), work
         else:
             t = torch.tanh(_scaled(logits[rows], inner, work), out=work)
-            z = t * outer
-            dx = z
+            z = dx = t * outer
+            slope = t.square_().mul_(-outer * inner).add_(outer * inner)
         _exp_(torch.sub(z, lse[rows], out=dx)).mul_(-grads[rows])
         dx[torch.arange(len(dx), device=dx.device), targets[rows]] += grads[rows].squeeze(1)
-        if softcap is not None:
-            dx.mul_(t.square_().mul_(-outer * inner).add_(outer * inner))
+        if slope is not None:
+            dx.mul_(slope)
         if not all_kept:
             dx.masked_fill_(~kept[rows].unsqueeze(1), 0.0)
         if dx is not target:

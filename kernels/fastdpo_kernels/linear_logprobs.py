@@ -1,10 +1,10 @@
 """Log-probs from hidden states, a tile of logits at a time.
 
-    x = hidden @ weight.T + bias                      (N, V), never whole: C rows at a time
+    x = hidden @ weight.T + bias                      (N, V), as much of it at a time as the caller's tile holds
     logp_i = log softmax(z(x_i))[label_i]             z: scale, softcap, temperature, as in token_logprobs
 
 The matrix products stay with the BLAS of the device; only the softmax work on a tile is ours (`rows`: the module
-`token_logprobs` or `eager`). One tile buffer serves all tiles: its logits are overwritten by
+`token_logprobs` or `eager`). The logits of a tile are overwritten by
 
     P~ = d logp / d x = (onehot - p) * dz/dx          (C, V)
 
@@ -12,10 +12,11 @@ from which, with the gradient g = dL/dlogp of each token,
 
     dhidden = g * (P~ @ weight)     dweight = P~.T @ (g * hidden)     dbias = P~.T @ g
 
-g multiplies the small operands, not P~: in half precision g * p would underflow, and with g out of P~ the product
-u = P~ @ weight can be formed before g is known.
+P~ is formed as soon as its logits are there, before g is known: g multiplies the small operands. (In half precision
+g * p would underflow besides.)
 
-FLOPs, counting a product of (N, D) with (D, V) as 2NDV: forward 2, `fwd_with_hidden_grad` 4, `bwd` 6.
+FLOPs, counting a product of (N, D) with (D, V) as 2NDV: `fwd` 2; `fwd_with_hidden_grad` 4, and nothing in the backward;
+`fwd_keeping` 2, then 4 (`tile_bwd`) for a token whose P~ was kept and 6 (`bwd`) for one whose logits are formed again.
 """
 
 from __future__ import annotations
@@ -30,135 +31,202 @@ from torch import Tensor
 # Columns of logits in one product on a CPU. BLAS is 10 to 25% faster on a wide, flat product cut into such slabs (228
 # and 341 rows, D=576, V=49152, two cores: 129 -> 164 and 151 -> 176 GFLOP/s) than on the whole.
 CPU_SLAB = 2048
+# Bytes of weight that are cast at a time where its dtype is not that of the products: small beside a tile, and large
+# enough for a product at full speed.
+CAST_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class Head:
-    """A language-model head and how its logits are read. `rows` is the module with the row kernels."""
+    """A language-model head and how its logits are read.
 
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
+    weight   (V, D), any floating dtype
+    bias     (V,) or None
+    dtype    of hidden states, logits and products
+    options  of the row kernels: ignore_index, temperature, softcap, logit_scale
+    rows     the module with the row kernels
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
     options: dict[str, Any]
     rows: Any
 
-    def logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
-        """hidden @ weight.T + bias into the first rows of `buffer` (C, V)."""
-        out = buffer[: hidden.shape[0]]
-        vocabulary = self.weight.shape[0]
-        slab = vocabulary if hidden.is_cuda else CPU_SLAB
-        for start in range(0, vocabulary, slab):
-            part = slice(start, start + slab)
+    def buffer(self, rows: int) -> Tensor:
+        return torch.empty(rows, self.weight.shape[0], dtype=self.dtype, device=self.weight.device)
+
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """(columns of the logits, their rows of the weight in the dtype of the products)."""
+        vocabulary, width = self.weight.shape
+        columns = vocabulary if self.weight.is_cuda else CPU_SLAB
+        if self.weight.dtype != self.dtype:
+            columns = min(columns, max(1, CAST_BYTES // max(1, width * self.dtype.itemsize)))
+        for start in range(0, vocabulary, columns):
+            part = slice(start, start + columns)
+            yield part, self.weight[part].to(self.dtype)
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """hidden @ weight.T + bias into `out`, hidden (C, D), out (C, V)."""
+        for columns, weight in self.slabs():
             if self.bias is None:
-                torch.mm(hidden, self.weight[part].t(), out=out[:, part])
+                torch.mm(hidden, weight.t(), out=out[:, columns])
             else:
-                torch.addmm(self.bias[part], hidden, self.weight[part].t(), out=out[:, part])
+                torch.addmm(self.bias[columns].to(self.dtype), hidden, weight.t(), out=out[:, columns])
         return out
 
-    def buffer(self, hidden: Tensor, tile: int) -> Tensor:
-        return hidden.new_empty((min(tile, hidden.shape[0]), self.weight.shape[0]))
+    def times_weight(self, p: Tensor, out: Tensor) -> None:
+        """out = p @ weight, p (C, V), out (C, D); over slabs it is summed in float32 or better."""
+        if self.weight.dtype == self.dtype:
+            torch.mm(p, self.weight, out=out)
+            return
+        total = torch.zeros(out.shape, dtype=accumulator(self.dtype), device=out.device)
+        for columns, weight in self.slabs():
+            product(total, p[:, columns], weight, add=True)
+        out.copy_(total)
 
 
-@dataclass
-class HeadGrads:
-    """Sums over tiles, in float32 (float64 for float64 weights): sums of many bfloat16 products lose digits."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-
-    @classmethod
-    def zeros(cls, head: Head, weight: bool, bias: bool) -> HeadGrads:
-        dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
-        dw = torch.zeros(head.weight.shape, dtype=dtype, device=head.weight.device) if weight else None
-        db = torch.zeros(head.weight.shape[0], dtype=dtype, device=head.weight.device) if bias else None
-        return cls(dw, db)
-
-    def add(self, p: Tensor, scaled_hidden: Tensor, grad: Tensor) -> None:
-        """dweight += p.T @ scaled_hidden; dbias += p.T @ grad. p (C, V), scaled_hidden (C, D), grad (C,)."""
-        if self.weight is not None:
-            _add_product(self.weight, p.t(), scaled_hidden)
-        if self.bias is not None:
-            _add_product(self.bias.unsqueeze(1), p.t(), grad.to(p.dtype).unsqueeze(1))
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over several products: many bfloat16 terms would lose digits."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, accumulated in the dtype of `total`."""
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, out=total)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # no mixed-precision product on CPU: a slab of the vocabulary at a time keeps the float32 copies small
-        b = b.to(total.dtype)
-        for start in range(0, total.shape[0], CPU_SLAB):
+def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """out = a @ b, or out += a @ b where `add`, summed in float32 or better and rounded to the dtype of out."""
+    same = a.dtype == out.dtype
+    if same and (a.dtype == accumulator(a.dtype) or (a.is_cuda and not add)):
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif a.is_cuda and out.dtype == torch.float32 and not same and a.dtype != torch.float64:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # no such mixed product: rows of the result at a time, so that the casts stay small
+        dtype = torch.promote_types(accumulator(a.dtype), accumulator(out.dtype))
+        b = b.to(dtype)
+        for start in range(0, out.shape[0], CPU_SLAB):
             part = slice(start, start + CPU_SLAB)
-            torch.addmm(total[part], a[part].to(total.dtype), b, out=total[part])
+            value = torch.mm(a[part].to(dtype), b)
+            out[part] = out[part] + value if add else value
 
 
-def tiles(n: int, tile: int) -> Iterator[slice]:
-    """Slices of at most `tile` rows that cover n rows, of sizes as equal as can be."""
-    count = -(-n // tile)
+class HeadGrads:
+    """dweight and dbias of a head, summed over `tiles` tiles.
+
+    One tile alone writes the gradient in the dtype of the weight; the sum over several runs in float32 (float64 for
+    float64 weights) and is cast by the caller.
+    """
+
+    def __init__(self, head: Head, *, weight: bool, bias: bool, tiles: int):
+        def empty(like: Tensor) -> Tensor:
+            dtype = like.dtype if tiles == 1 else accumulator(like.dtype)
+            return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+        self.weight = empty(head.weight) if weight else None
+        self.bias = empty(head.bias) if bias and head.bias is not None else None
+        self._added = 0
+        if tiles == 0:
+            for total in (self.weight, self.bias):
+                if total is not None:
+                    total.zero_()
+
+    def add(self, p: Tensor, hidden: Tensor, grad: Tensor) -> None:
+        """dweight += p.T @ (grad * hidden); dbias += p.T @ grad. p (C, V), hidden (C, D), grad (C,)."""
+        if p.shape[0] == 0:  # no tile: `tiles` did not count it
+            return
+        if self.weight is not None:
+            scaled = torch.mul(hidden, grad.unsqueeze(1), out=torch.empty_like(hidden))
+            product(self.weight, p.t(), scaled, add=self._added > 0)
+        if self.bias is not None:
+            product(self.bias.unsqueeze(1), p.t(), grad.to(p.dtype).unsqueeze(1), add=self._added > 0)
+        self._added += 1
+
+
+def tiles(start: int, end: int, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices that cover rows [start, end), of sizes as equal as can be, each with its part of the buffer (C, V)."""
+    n = end - start
+    count = -(-n // max(1, buffer.shape[0]))
     for i in range(count):
-        yield slice(n * i // count, n * (i + 1) // count)
+        rows = slice(start + n * i // count, start + n * (i + 1) // count)
+        yield rows, buffer[: rows.stop - rows.start]
+
+
+def tile_count(n: int, kept: int, tile: int) -> int:
+    """How many times `bwd` adds to the head's gradients."""
+    return (kept > 0) + -(-(n - kept) // tile)
+
+
+class RowResults:
+    """logps (N,), log-sum-exp (N,) where the logits may be formed again, statistics (4, N) or (0, N)."""
+
+    def __init__(self, hidden: Tensor, stats: bool):
+        n, dtype, device = hidden.shape[0], accumulator(hidden.dtype), hidden.device
+        self.logps = torch.empty(n, dtype=dtype, device=device)
+        self.lse = torch.zeros(n, dtype=dtype, device=device)
+        self.stats = torch.empty((4 if stats else 0, n), dtype=dtype, device=device)
+
+    def forward(self, rows: slice, x: Tensor, labels: Tensor, head: Head) -> None:
+        """Of these rows, whose logits are x (C, V)."""
+        stats = self.stats.shape[0] > 0
+        self.logps[rows], self.lse[rows], values = head.rows.token_logprobs_fwd(x, labels, stats=stats, **head.options)
+        if values is not None:
+            self.stats[:, rows] = values
+
+    def forward_to_gradient(self, rows: slice, x: Tensor, labels: Tensor, head: Head) -> None:
+        """The same, and x becomes P~."""
+        stats = self.stats.shape[0] > 0
+        self.logps[rows], values = head.rows.token_logprobs_fwd_grad(x, labels, stats=stats, **head.options)
+        if values is not None:
+            self.stats[:, rows] = values
 
 
 def fwd(
-    hidden: Tensor, labels: Tensor, head: Head, *, tile: int, stats: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logps (N,), log-sum-exp (N,), statistics (4, N) or None. 2NDV FLOPs, one tile of memory."""
-    buffer, parts = head.buffer(hidden, tile), []
-    for part in tiles(hidden.shape[0], tile):
-        x = head.logits(hidden[part], buffer)
-        parts.append(head.rows.token_logprobs_fwd(x, labels[part], stats=stats, **head.options))
-    return _join(parts, hidden, stats)
+    hidden: Tensor, labels: Tensor, head: Head, results: RowResults, buffer: Tensor, *, start: int = 0,
+    end: int | None = None,
+) -> None:  # fmt: skip
+    """Log-probs of rows [start, end): 2NDV FLOPs."""
+    for rows, x in tiles(start, hidden.shape[0] if end is None else end, buffer):
+        results.forward(rows, head.logits(hidden[rows], x), labels[rows], head)
 
 
-def fwd_with_hidden_grad(
-    hidden: Tensor, labels: Tensor, head: Head, *, tile: int, stats: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logps (N,), u = dlogp/dhidden (N, D), statistics or None: all that a frozen head's backward needs. 4NDV FLOPs."""
-    buffer, parts = head.buffer(hidden, tile), []
-    u = torch.empty_like(hidden)
-    for part in tiles(hidden.shape[0], tile):
-        x = head.logits(hidden[part], buffer)
-        logps, lse, tile_stats = head.rows.token_logprobs_fwd(x, labels[part], stats=stats, **head.options)
-        torch.mm(to_gradient(x, labels[part], lse, head), head.weight, out=u[part])
-        parts.append((logps, lse, tile_stats))
-    logps, _, all_stats = _join(parts, hidden, stats)
-    return logps, u, all_stats
+def fwd_with_hidden_grad(hidden: Tensor, labels: Tensor, head: Head, results: RowResults, buffer: Tensor) -> Tensor:
+    """Log-probs; returns u = dlogp/dhidden (N, D), all that a frozen head's backward needs: 4NDV FLOPs."""
+    u = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    for rows, x in tiles(0, hidden.shape[0], buffer):
+        results.forward_to_gradient(rows, head.logits(hidden[rows], x), labels[rows], head)
+        head.times_weight(x, u[rows])
+    return u
+
+
+def fwd_keeping(
+    hidden: Tensor, labels: Tensor, head: Head, results: RowResults, buffer: Tensor, *, kept: int
+) -> Tensor:
+    """Log-probs; returns P~ (kept, V) of the first `kept` rows, in memory of their own: 2NDV FLOPs."""
+    p = head.buffer(kept)
+    if kept:
+        rows = slice(0, kept)
+        results.forward_to_gradient(rows, head.logits(hidden[rows], p), labels[rows], head)
+    fwd(hidden, labels, head, results, buffer, start=kept)
+    return p
 
 
 def bwd(
-    hidden: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, head: Head, grads: HeadGrads, *, tile: int,
-    dhidden: Tensor | None,
+    hidden: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, head: Head, grads: HeadGrads, dhidden: Tensor | None,
+    buffer: Tensor, *, start: int = 0, end: int | None = None,
 ) -> None:  # fmt: skip
-    """Forms each tile again and adds to `grads`; writes `dhidden` (N, D) where it is given. Up to 6NDV FLOPs."""
-    buffer = head.buffer(hidden, tile)
-    for part in tiles(hidden.shape[0], tile):
-        x = head.logits(hidden[part], buffer)
-        p = to_gradient(x, labels[part], lse[part], head)
-        tile_bwd(p, hidden[part], grad[part], head, grads, None if dhidden is None else dhidden[part])
+    """Forms the logits of rows [start, end) again, writes their dhidden, adds to the head's gradients: up to 6NDV.
+
+    lse (N,) is that of the forward, grad (N,) = dL/dlogps.
+    """
+    for rows, x in tiles(start, hidden.shape[0] if end is None else end, buffer):
+        head.logits(hidden[rows], x)
+        ones = torch.ones_like(lse[rows])
+        head.rows.token_logprobs_bwd(x, labels[rows], lse[rows], ones, out=x, **head.options)
+        tile_bwd(rows, x, hidden, grad, head, grads, dhidden)
 
 
-def to_gradient(x: Tensor, labels: Tensor, lse: Tensor, head: Head) -> Tensor:
-    """Overwrites the logits x (C, V) by P~ = dlogp/dx; rows of ignored labels become zero."""
-    return head.rows.token_logprobs_bwd(x, labels, lse, torch.ones_like(lse), out=x, **head.options)
-
-
-def tile_bwd(p: Tensor, hidden: Tensor, grad: Tensor, head: Head, grads: HeadGrads, dhidden: Tensor | None) -> None:
-    """From P~ (C, V) and g (C,): dhidden = g * (P~ @ weight), and the head's gradients."""
-    g = grad.unsqueeze(1)
+def tile_bwd(
+    rows: slice, p: Tensor, hidden: Tensor, grad: Tensor, head: Head, grads: HeadGrads, dhidden: Tensor | None
+) -> None:
+    """From P~ (C, V) of these rows: dhidden = grad * (P~ @ weight) is written, the head's gradients are added to."""
     if dhidden is not None:
-        torch.mm(p, head.weight, out=dhidden)
-        dhidden.mul_(g)
-    if grads.weight is not None or grads.bias is not None:
-        grads.add(p, (hidden * g).to(p.dtype), grad)
-
-
-def _join(
-    parts: list[tuple[Tensor, Tensor, Tensor | None]], hidden: Tensor, stats: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    if not parts:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        empty = torch.zeros(0, dtype=dtype, device=hidden.device)
-        return empty, empty, torch.zeros((4, 0), dtype=dtype, device=hidden.device) if stats else None
-    all_stats = torch.cat([part[2] for part in parts if part[2] is not None], dim=1) if stats else None
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), all_stats
+        head.times_weight(p, dhidden[rows])
+        dhidden[rows].mul_(grad[rows].unsqueeze(1))
+    grads.add(p, hidden[rows], grad[rows])

@@ -9,8 +9,16 @@ For a row x of V logits and its label y, with s = logit_scale, T = temperature, 
 
 A row is one program that walks over V in blocks. It takes the maximum of a block first and then exponentiates each
 element once: a running maximum per lane would need two exponentials an element, and the special-function unit, not the
-memory, would then set the pace. `fastdpo_kernels.eager` has the same two functions in plain PyTorch.
+memory, would then set the pace. `fastdpo_kernels.eager` has the same functions in plain PyTorch.
+
+Memory moves 128 bits at a time for every V and row stride. A row is split at the 16-byte boundaries within it,
+
+    | lead | body, whole 16-byte vectors | tail |         lead, tail: less than a vector each, together the edges
+
+the blocks cover the body, and the edges are one small block of their own.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -53,7 +61,59 @@ def _transform(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
     return outer * x
 
 
-@triton.jit(do_not_specialize=["n_rows", "ignore_index"])
+@triton.jit
+def _split(row, V, HAS_EDGES: tl.constexpr):
+    """(lead, body) of the row at this address, in elements."""
+    SIZE: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
+    VECTOR: tl.constexpr = 16 // SIZE
+    lead = 0
+    if HAS_EDGES:
+        lead = tl.minimum((-row.to(tl.int64) & 15).to(tl.int32) // SIZE, V)
+    # Known to the compiler as a multiple of the vector, so that the mask `columns < body` does not split a vector.
+    return lead, (V - lead) // VECTOR * VECTOR
+
+
+@triton.jit
+def _on_boundary(pointer):
+    """The pointer, a multiple of 16 bytes, so that the compiler knows."""
+    # By way of an integer, because where Triton folds a sum of pointer and offsets, a hint on the sum is lost.
+    return tl.multiple_of((pointer.to(tl.int64) // 16 * 16).to(pointer.dtype), 16)
+
+
+@triton.jit
+def _edges(row, lead, body, V):
+    """Columns of the lead and, after them, of the tail, and which of them there are. At most a vector less one each."""
+    i = tl.arange(0, 256 // row.dtype.element_ty.primitive_bitwidth)
+    columns = i + tl.where(i < lead, 0, body)
+    return columns, columns < V
+
+
+@triton.jit
+def _fold(
+    x, inside, m, total, total_z, total_ed, total_ee, inner, outer, HAS_SOFTCAP: tl.constexpr, HAS_STATS: tl.constexpr
+):
+    """The maximum m of z, sum e, sum z, sum e (z - m) and sum e^2 with one more block x, where e = exp(z - m)."""
+    z = tl.where(inside, _transform(x.to(tl.float32), inner, outer, HAS_SOFTCAP), -float("inf"))
+    new_m = tl.maximum(m, tl.max(z, axis=0))
+    anchor = tl.where(new_m == -float("inf"), 0.0, new_m)  # all masked so far: -inf - -inf would be NaN
+    d = z - anchor
+    e = tl.exp(d)
+    shrink = tl.exp(m - anchor)
+    if HAS_STATS:
+        total_z += tl.sum(tl.where(inside, z, 0.0), axis=0)
+        moved = tl.maximum(m - anchor, FLOOR)
+        total_ed = shrink * (total_ed + total * moved) + tl.sum(e * tl.maximum(d, FLOOR), axis=0)
+        total_ee = shrink * shrink * total_ee + tl.sum(e * e, axis=0)
+    total = shrink * total + tl.sum(e, axis=0)
+    return new_m, total, total_z, total_ed, total_ee
+
+
+# The body's alignment is worked out here, not left to Triton's specialisation on arguments that happen to be divisible
+# by 16, which would compile a kernel for each combination of V, strides and slices of labels.
+@triton.jit(
+    do_not_specialize=["row_stride", "n_rows", "V", "ignore_index"],
+    do_not_specialize_on_alignment=["logits", "labels", "logps", "lses", "stats"],
+)
 def _token_logprobs_fwd_kernel(
     logits,  # (N, V)
     labels,  # (N,)
@@ -68,6 +128,7 @@ def _token_logprobs_fwd_kernel(
     outer,
     HAS_SOFTCAP: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -86,28 +147,25 @@ def _token_logprobs_fwd_kernel(
     label_z = _transform(label_x, inner, outer, HAS_SOFTCAP)
 
     m = tl.full((), -float("inf"), tl.float32)
-    total = tl.zeros((), tl.float32)  # sum e, where e = exp(z - m)
-    if HAS_STATS:
-        total_z = tl.zeros((), tl.float32)  # sum z
-        total_ed = tl.zeros((), tl.float32)  # sum e (z - m)
-        total_ee = tl.zeros((), tl.float32)  # sum e^2
-    for start in range(0, V, BLOCK_V):
+    total = tl.zeros((), tl.float32)
+    total_z = tl.zeros((), tl.float32)
+    total_ed = tl.zeros((), tl.float32)
+    total_ee = tl.zeros((), tl.float32)
+    lead, body = _split(logits, V, HAS_EDGES)
+    body_x = _on_boundary(logits + lead)
+    for start in range(0, body, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
-        inside = columns < V
-        x = tl.load(logits + columns, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_V,)
-        z = tl.where(inside, _transform(x, inner, outer, HAS_SOFTCAP), -float("inf"))
-        new_m = tl.maximum(m, tl.max(z, axis=0))
-        anchor = tl.where(new_m == -float("inf"), 0.0, new_m)  # all masked so far: -inf - -inf would be NaN
-        d = z - anchor
-        e = tl.exp(d)
-        shrink = tl.exp(m - anchor)
-        if HAS_STATS:
-            total_z += tl.sum(tl.where(inside, z, 0.0), axis=0)
-            moved = tl.maximum(m - anchor, FLOOR)
-            total_ed = shrink * (total_ed + total * moved) + tl.sum(e * tl.maximum(d, FLOOR), axis=0)
-            total_ee = shrink * shrink * total_ee + tl.sum(e * e, axis=0)
-        total = shrink * total + tl.sum(e, axis=0)
-        m = new_m
+        inside = columns < body
+        x = tl.load(body_x + columns, mask=inside, other=0.0)  # (BLOCK_V,)
+        m, total, total_z, total_ed, total_ee = _fold(
+            x, inside, m, total, total_z, total_ed, total_ee, inner, outer, HAS_SOFTCAP, HAS_STATS
+        )
+    if HAS_EDGES:  # after the body, which has brought their lines into the caches
+        columns, inside = _edges(logits, lead, body, V)
+        x = tl.load(logits + columns, mask=inside, other=0.0)
+        m, total, total_z, total_ed, total_ee = _fold(
+            x, inside, m, total, total_z, total_ed, total_ee, inner, outer, HAS_SOFTCAP, HAS_STATS
+        )
 
     anchor = tl.where(m == -float("inf"), 0.0, m)
     log_total = tl.log(total)
@@ -120,12 +178,30 @@ def _token_logprobs_fwd_kernel(
         tl.store(stats + 3 * n_rows + row, tl.log(total_ee) - 2.0 * log_total)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit
+def _gradient(x, is_label, lse, grad, inner, outer, HAS_SOFTCAP: tl.constexpr):
+    """grad * (onehot - exp(z - lse)) * dz/dx of a block x."""
+    x = x.to(tl.float32)
+    if HAS_SOFTCAP:
+        t = _tanh(inner * x)
+        z = outer * t
+        slope = outer * inner * (1.0 - t * t)
+    else:
+        z = outer * x
+        slope = outer
+    onehot = tl.where(is_label, 1.0, 0.0)
+    return grad * (onehot - tl.exp(z - lse)) * slope
+
+
+@triton.jit(
+    do_not_specialize=["row_stride", "out_row_stride", "V", "ignore_index"],
+    do_not_specialize_on_alignment=["logits", "labels", "lses", "grad_logps", "out"],
+)
 def _token_logprobs_bwd_kernel(
     logits,  # (N, V)
     labels,  # (N,)
     lses,  # (N,)
-    grad_logps,  # (N,)
+    grad_logps,  # (N,) or None: ones
     out,  # (N, V), may be logits
     row_stride,
     out_row_stride,
@@ -134,35 +210,46 @@ def _token_logprobs_bwd_kernel(
     inner,
     outer,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
+    ALIGNED_ALIKE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     out += row * out_row_stride
+    # Split where `out` has its boundaries: narrow loads of a line that another load brought come from the L1 cache,
+    # narrow stores would each go on to L2.
+    lead, body = _split(out, V, HAS_EDGES)
+    body_out = _on_boundary(out + lead)
     label = tl.load(labels + row)
     if label == ignore_index:
         zeros = tl.zeros((BLOCK_V,), out.dtype.element_ty)
-        for start in range(0, V, BLOCK_V):
+        for start in range(0, body, BLOCK_V):
             columns = start + tl.arange(0, BLOCK_V)
-            tl.store(out + columns, zeros, mask=columns < V)
+            tl.store(body_out + columns, zeros, mask=columns < body)
+        if HAS_EDGES:
+            columns, inside = _edges(out, lead, body, V)
+            tl.store(out + columns, 0.0, mask=inside)
         return
 
     lse = tl.load(lses + row)
-    grad = tl.load(grad_logps + row)
+    grad = 1.0
+    if grad_logps is not None:
+        grad = tl.load(grad_logps + row)
     grad = tl.where((label >= 0) & (label < V), grad, float("nan"))
-    for start in range(0, V, BLOCK_V):
+    body_x = logits + lead
+    if ALIGNED_ALIKE:
+        body_x = _on_boundary(body_x)
+    for start in range(0, body, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
-        inside = columns < V
-        x = tl.load(logits + columns, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_V,)
-        if HAS_SOFTCAP:
-            t = _tanh(inner * x)
-            z = outer * t
-            slope = outer * inner * (1.0 - t * t)
-        else:
-            z = outer * x
-            slope = outer
-        onehot = tl.where(columns == label, 1.0, 0.0)
-        dx = grad * (onehot - tl.exp(z - lse)) * slope
+        inside = columns < body
+        x = tl.load(body_x + columns, mask=inside, other=0.0)  # (BLOCK_V,)
+        dx = _gradient(x, columns == label - lead, lse, grad, inner, outer, HAS_SOFTCAP)
+        tl.store(body_out + columns, dx.to(out.dtype.element_ty), mask=inside)
+    if HAS_EDGES:
+        columns, inside = _edges(out, lead, body, V)
+        x = tl.load(logits + columns, mask=inside, other=0.0)
+        dx = _gradient(x, columns == label, lse, grad, inner, outer, HAS_SOFTCAP)
         tl.store(out + columns, dx.to(out.dtype.element_ty), mask=inside)
 
 
@@ -171,6 +258,22 @@ def _factors(temperature: float, softcap: float | None, logit_scale: float) -> t
     if softcap is None:
         return 1.0, logit_scale / temperature
     return logit_scale / softcap, softcap / temperature
+
+
+def _has_edges(x: Tensor) -> bool:
+    """Whether a row of x (N, V) may begin or end within a 16-byte vector."""
+    row_stride, v = x.stride(0) * x.element_size(), x.shape[1] * x.element_size()
+    return x.data_ptr() % 16 != 0 or row_stride % 16 != 0 or v % 16 != 0
+
+
+def _aligned_alike(x: Tensor, y: Tensor) -> bool:
+    """Whether each row of x (N, V) is as far from a 16-byte boundary as that of y."""
+    return (x.data_ptr() - y.data_ptr()) % 16 == 0 and (x.stride(0) - y.stride(0)) * x.element_size() % 16 == 0
+
+
+def _block(v: int, largest: int) -> int:
+    """Columns of a block. Each power of two is a kernel of its own; below 1024 a thread has not one vector of bf16."""
+    return min(largest, max(1024, triton.next_power_of_2(v)))
 
 
 def token_logprobs_fwd(
@@ -213,10 +316,43 @@ def token_logprobs_fwd(
                 outer,
                 HAS_SOFTCAP=softcap is not None,
                 HAS_STATS=stats,
-                BLOCK_V=min(FORWARD_BLOCK, triton.next_power_of_2(v)),
+                HAS_EDGES=_has_edges(logits),
+                BLOCK_V=_block(v, FORWARD_BLOCK),
                 num_warps=NUM_WARPS,
             )
     return logps, lse, statistics
+
+
+def _launch_bwd(
+    logits: Tensor, labels: Tensor, lse: Tensor, grad_logps: Tensor | None, out: Tensor, *, ignore_index: int,
+    temperature: float, softcap: float | None, logit_scale: float,
+) -> None:  # fmt: skip
+    """`token_logprobs_bwd`, with None for a grad_logps of ones."""
+    n, v = logits.shape
+    assert v > 0 and (v == 1 or (logits.stride(1) == 1 and out.stride(1) == 1))
+    assert out.shape == logits.shape and out.dtype == logits.dtype
+    assert labels.shape == lse.shape == (n,)
+    if n > 0:
+        inner, outer = _factors(temperature, softcap, logit_scale)
+        with torch.cuda.device_of(logits):
+            _token_logprobs_bwd_kernel[(n,)](
+                logits,
+                labels.contiguous(),
+                lse.contiguous(),
+                grad_logps,
+                out,
+                logits.stride(0),
+                out.stride(0),
+                v,
+                ignore_index,
+                inner,
+                outer,
+                HAS_SOFTCAP=softcap is not None,
+                HAS_EDGES=_has_edges(out),
+                ALIGNED_ALIKE=_aligned_alike(logits, out),
+                BLOCK_V=_block(v, BACKWARD_BLOCK),
+                num_warps=NUM_WARPS,
+            )
 
 
 def token_logprobs_bwd(
@@ -236,27 +372,31 @@ def token_logprobs_bwd(
     logits (N, V) as in the forward; labels, lse, grad_logps (N,); out (N, V) in the dtype of logits, any row stride,
     may be logits itself. Returns out. Ignored rows get exact zeros and are not read, a label outside [0, V) gives NaN.
     """
-    n, v = logits.shape
-    assert v > 0 and (v == 1 or (logits.stride(1) == 1 and out.stride(1) == 1))
-    assert out.shape == logits.shape and out.dtype == logits.dtype
-    assert labels.shape == lse.shape == grad_logps.shape == (n,)
-    if n > 0:
-        inner, outer = _factors(temperature, softcap, logit_scale)
-        with torch.cuda.device_of(logits):
-            _token_logprobs_bwd_kernel[(n,)](
-                logits,
-                labels.contiguous(),
-                lse.contiguous(),
-                grad_logps.float().contiguous(),
-                out,
-                logits.stride(0),
-                out.stride(0),
-                v,
-                ignore_index,
-                inner,
-                outer,
-                HAS_SOFTCAP=softcap is not None,
-                BLOCK_V=min(BACKWARD_BLOCK, triton.next_power_of_2(v)),
-                num_warps=NUM_WARPS,
-            )
+    assert grad_logps.shape == labels.shape
+    _launch_bwd(
+        logits, labels, lse, grad_logps.float().contiguous(), out,
+        ignore_index=ignore_index, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+    )  # fmt: skip
     return out
+
+
+def token_logprobs_fwd_grad(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    stats: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """logps (N,) and stats of `token_logprobs_fwd`; logits are overwritten by d logp / dx = (onehot - p) * dz/dx.
+
+    logits (N, V) as in the forward; zeros in ignored rows, which are not read, NaN where the label is outside [0, V).
+    """
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale
+    }  # fmt: skip
+    logps, lse, statistics = token_logprobs_fwd(logits, labels, stats=stats, **options)
+    _launch_bwd(logits, labels, lse, None, logits, **options)
+    return logps, statistics

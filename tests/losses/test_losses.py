@@ -20,7 +20,10 @@ def call(name, logps, lengths, **options):
     return fastdpo.preference_loss(*logps, loss_type=name, **extra, **options)
 
 
-@pytest.mark.parametrize("name, label_smoothing", [*((n, 0.0) for n in REGISTRY), ("sigmoid", 0.1), ("sigmoid", 0.5)])
+@pytest.mark.parametrize(
+    "name, label_smoothing",
+    [*((n, 0.0) for n in REGISTRY), ("sigmoid", 0.1), ("sigmoid", 0.5), ("aot", 0.1), ("aot_unpaired", 0.3)],
+)
 @pytest.mark.parametrize("beta", [0.05, 0.7])
 def test_values_and_gradients(name, label_smoothing, beta):
     logps, lengths = draw()

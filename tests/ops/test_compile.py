@@ -1,0 +1,192 @@
+"""The operators under torch.library's own checks, torch.compile without graph breaks, and CUDA graphs."""
+
+import shutil
+
+import pytest
+import torch
+from tiny import device_for
+
+import fastdpo
+import fastdpo.ops  # defines the operators
+
+V, D, N = 50, 16, 32
+OPTIONS = (-100, 0.7, 3.0, 1.5)
+
+
+def opcheck(operator, arguments):
+    """Schema, fake kernel, autograd registration and AOT dispatch, static and dynamic; raises where one fails."""
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_token_logps_is_a_well_made_operator(stats, inplace):
+    logits = torch.randn(3, 7, V, requires_grad=True)
+    labels = torch.randint(V, (3, 7))
+    # opcheck uses its inputs several times, so what is written over must be no leaf of theirs.
+    if not inplace:
+        opcheck(torch.ops.fastdpo.token_logps, (logits, labels, *OPTIONS, stats, inplace, "eager"))
+    lse = torch.randn(3, 7)
+    arguments = (torch.randn(3, 7), logits.detach(), labels, lse, *OPTIONS, "eager")
+    opcheck(torch.ops.fastdpo.token_logps_backward_ if inplace else torch.ops.fastdpo.token_logps_backward, arguments)
+
+
+@pytest.mark.parametrize("needs", [(False,) * 3, (True, False, False), (True, True, True)], ids=str)
+@pytest.mark.parametrize("kept", [0, 5])
+def test_linear_token_logps_is_a_well_made_operator(needs, kept):
+    hidden, weight, bias = torch.randn(N, D), torch.randn(V, D), torch.randn(V)
+    for tensor, needed in zip((hidden, weight, bias), needs, strict=True):
+        tensor.requires_grad_(needed)
+    labels = torch.randint(V, (N,))
+    kept = kept if needs[1] else 0
+    opcheck(
+        torch.ops.fastdpo.linear_token_logps, (hidden, weight, bias, labels, *OPTIONS, True, *needs, 7, kept, "eager")
+    )
+    arguments = (torch.randn(N), hidden.detach(), weight.detach(), bias.detach(), labels, torch.randn(N),
+                 torch.randn(kept, V), *OPTIONS, *needs, 7, "eager")  # fmt: skip
+    opcheck(torch.ops.fastdpo.linear_token_logps_backward, arguments)
+
+
+def functions():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(V, (N,), generator=generator)
+    labels[3] = -100
+    hidden, weight = torch.randn(N, D, generator=generator), torch.randn(V, D, generator=generator)
+    refs, ids = torch.randn(4, generator=generator), torch.tensor([0, 2, 1, 3]).repeat_interleave(N // 4)
+    padded_labels = torch.randint(V, (4, 9), generator=generator)
+    padded_labels[:, :3] = -100
+    small = 7 * V * 4
+    packed = {"sequence_ids": ids, "tokens_per_pair": [N // 2] * 2}
+    logits = hidden @ weight.T
+
+    def every_metric(output):
+        return output.loss + sum(value.sum() for value in output.metrics().values())
+
+    return {
+        "token_logps": (lambda x: fastdpo.token_logps(x * 2, labels, softcap=3.0).sum(), [logits]),
+        "in place": (lambda x: fastdpo.token_logps(x * 2, labels, inplace_backward=True).sum(), [logits]),
+        "linear, all kept": (lambda h, w: fastdpo.linear_token_logps(h, w, labels).sum(), [hidden, weight]),
+        "linear, tiles": (
+            lambda h, w: fastdpo.linear_token_logps(h, w, labels, memory_budget=small).sum(), [hidden, weight]
+        ),
+        "linear, frozen": (
+            lambda h: fastdpo.linear_token_logps(h, weight, labels, memory_budget=small).sum(), [hidden]
+        ),
+        "linear, no gradient": (lambda: fastdpo.linear_token_logps(hidden, weight, labels), []),
+        "loss, packed": (lambda x: every_metric(fastdpo.loss(x, labels, refs, sequence_ids=ids)), [logits]),
+        "loss, padded": (
+            lambda x: fastdpo.loss(x, padded_labels, refs, label_smoothing=0.1).loss,
+            [torch.randn(4, 9, V, generator=generator)],
+        ),
+        "linear_loss, packed": (
+            lambda h, w: every_metric(fastdpo.linear_loss(h, w, labels, refs, **packed)), [hidden, weight]
+        ),
+        "linear_loss, tiles": (
+            lambda h, w: fastdpo.linear_loss(h, w, labels, refs, memory_budget=small, **packed).loss, [hidden, weight]
+        ),
+        "linear_loss, padded": (
+            lambda h, w: fastdpo.linear_loss(h, w, padded_labels, refs, memory_budget=small, loss_type="ipo").loss,
+            [torch.randn(4, 9, D, generator=generator), weight],
+        ),
+    }  # fmt: skip
+
+
+def values(function, tensors):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = function(*leaves)
+    return [out.detach(), *(torch.autograd.grad(out, leaves) if leaves else [])]
+
+
+@pytest.mark.parametrize("name", list(functions()))
+def test_compiles_without_a_graph_break(name):
+    function, tensors = functions()[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for got, expected in zip(values(compiled, tensors), values(function, tensors), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("name", ["token_logps", "in place", "linear_loss, packed"])
+def test_compiles_with_inductor(name):
+    function, tensors = functions()[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    for got, expected in zip(values(compiled, tensors), values(function, tensors), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_graph_serves_every_number_of_tokens():
+    weight = torch.randn(V, D, requires_grad=True)
+    compilations = []
+
+    def counting(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    def function(hidden, labels):
+        rows = fastdpo.token_logps(hidden @ weight.T, labels)
+        return (rows + fastdpo.linear_token_logps(hidden, weight, labels, memory_budget=4 * V * 4)).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=counting, fullgraph=True, dynamic=True)
+    for n in (20, 33, 47):
+        hidden, labels = torch.randn(n, D), torch.randint(V, (n,))
+        torch.testing.assert_close(compiled(hidden, labels), function(hidden, labels), rtol=1e-5, atol=1e-4)
+    assert len(compilations) == 1
+
+
+def test_under_autocast_and_checkpointing_when_compiled():
+    hidden, weight, labels = torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,))
+
+    def inner(h, w):
+        return fastdpo.linear_token_logps(h, w, labels).sum() + fastdpo.token_logps(h @ w.T, labels).sum()
+
+    def function(h, w):
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.utils.checkpoint.checkpoint(inner, h, w, use_reentrant=False)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for got, expected in zip(values(compiled, [hidden, weight]), values(function, [hidden, weight]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+def test_in_a_cuda_graph(impl):
+    """Captured once, replayed on other numbers."""
+    device = device_for(impl) if impl == "triton" else "cuda"
+    static = {
+        "hidden": torch.randn(N, D, device=device, requires_grad=True),
+        "weight": torch.randn(V, D, device=device, requires_grad=True),
+        "labels": torch.randint(V, (N,), device=device),
+        "refs": torch.randn(4, device=device),
+    }
+    ids = torch.tensor([0, 2, 1, 3], device=device).repeat_interleave(N // 4)
+
+    def step(hidden, weight, labels, refs):
+        options = {"sequence_ids": ids, "tokens_per_pair": [N // 2] * 2, "impl": impl}
+        fused = fastdpo.linear_loss(hidden, weight, labels, refs, memory_budget=(N // 2) * V * 4, **options).loss
+        kept = fastdpo.linear_loss(hidden, weight, labels, refs, memory_budget=1 << 24, **options).loss
+        plain = fastdpo.loss(hidden @ weight.T, labels, refs, sequence_ids=ids, impl=impl).loss
+        total = fused + kept + plain
+        return [total.detach(), *torch.autograd.grad(total, [hidden, weight])]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(**static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(**static)
+    with torch.no_grad():
+        for name in ("hidden", "weight", "refs"):
+            static[name].copy_(torch.randn_like(static[name]))
+        static["labels"].copy_(torch.randint(V, (N,), device=device))
+    graph.replay()
+    for got, expected in zip(captured, step(**static), strict=True):
+        torch.testing.assert_close(got, expected)

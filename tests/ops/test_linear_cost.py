@@ -1,0 +1,177 @@
+"""What the head costs: FLOPs counted product by product, memory counted tensor by tensor."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastdpo
+from fastdpo.ops import budget, library
+from fastdpo_kernels import eager
+
+N, D, V = 96, 32, 512
+ROW = V * 4  # bytes
+
+
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=generator)
+    weight = torch.randn(V, D, generator=generator)
+    return hidden, weight, torch.randint(V, (N,), generator=generator)
+
+
+def pairs(count=6):
+    """sequence_ids of `count` pairs that stand one after the other, N rows in all."""
+    ids = torch.arange(count).repeat_interleave(N // count)
+    return ids + count * (torch.arange(N) % 2), [N // count] * count
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(budget, "FULL_SPEED_ROWS", 8)
+    monkeypatch.setattr(eager, "CPU_CHUNK", ROW)
+
+
+def per_token(hidden, weight, labels, rows):
+    return fastdpo.linear_token_logps(hidden, weight, labels, memory_budget=rows * ROW).sum()
+
+
+def per_pair(hidden, weight, labels, rows, **options):
+    ids, counts = pairs()
+    refs = torch.zeros(2 * len(counts))
+    return fastdpo.linear_loss(
+        hidden, weight, labels, refs, sequence_ids=ids, tokens_per_pair=counts, memory_budget=rows * ROW, **options
+    ).loss.sum()
+
+
+def count(function, trained, rows, **options):
+    """FLOPs of forward and backward in units of NDV, and which leaves got a gradient."""
+    hidden, weight, labels = problem()
+    hidden.requires_grad_("hidden" in trained)
+    weight.requires_grad_("weight" in trained)
+    with FlopCounterMode(display=False) as counter:
+        total = function(hidden, weight, labels, rows, **options)
+        if trained:
+            total.backward()
+    return counter.get_total_flops() / (N * D * V)
+
+
+BOTH = ("hidden", "weight")
+
+
+@pytest.mark.parametrize(
+    "function, trained, rows, expected",
+    [
+        (per_token, (), 16, 2),
+        (per_token, ("hidden",), 16, 4),
+        (per_token, BOTH, N, 6),
+        (per_token, BOTH, 8, 8),
+        (per_token, BOTH, 8 + 48, 8 - 2 * 48 / N),
+        (per_token, ("weight",), N, 4),
+        (per_token, ("weight",), 8, 6),
+        (per_pair, (), 16, 2),
+        (per_pair, ("hidden",), 16, 4),
+        (per_pair, BOTH, N, 6),
+        (per_pair, BOTH, 16, 6),
+        (per_pair, BOTH, 5, 8),
+        (per_pair, ("weight",), 16, 4),
+    ],
+)
+def test_flops(small_tiles, function, trained, rows, expected):
+    assert count(function, trained, rows) == pytest.approx(expected, abs=1e-9)
+
+
+def test_flops_with_reduction_none_are_those_of_the_token_way(small_tiles):
+    assert count(per_pair, BOTH, N, reduction="none") == 6
+    assert count(per_pair, BOTH, 8, reduction="none") == 8
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside took at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in known:
+                    self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.storages = {key: value for key, value in self.storages.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return result
+
+
+@pytest.fixture(scope="module", autouse=True)
+def see_inside_operators():
+    for operator, function in library._OPERATORS:
+        torch.library.register_torch_dispatch(operator, LiveBytes, library._counted(function))
+
+
+def peak(function, trained, rows, **options):
+    """Most bytes alive beyond the inputs, and the bytes of the gradients."""
+    hidden, weight, labels = problem()
+    hidden.requires_grad_("hidden" in trained)
+    weight.requires_grad_("weight" in trained)
+    function(hidden, weight, labels, rows, **options)  # what the first call alone makes
+    with LiveBytes() as live:
+        total = function(hidden, weight, labels, rows, **options)
+        if trained:
+            total.backward()
+    return live.peak, sum(leaf.nbytes for leaf in (hidden, weight) if leaf.grad is not None)
+
+
+@pytest.mark.parametrize("function", [per_token, per_pair])
+@pytest.mark.parametrize("trained", [(), ("hidden",), BOTH])
+@pytest.mark.parametrize("rows", [6, 16, 8 + 48, N])
+def test_memory_is_the_budget_and_a_copy_of_the_hidden_states(small_tiles, function, trained, rows):
+    used, gradients = peak(function, trained, rows)
+    # 64 bytes a token: log-probs, log-sum-exp, labels, ids, statistics; and the row kernels' chunks, here of one row.
+    assert used <= rows * ROW + N * D * 4 + 64 * N + 4 * ROW + gradients
+    if rows < N:
+        assert used < N * ROW + gradients
+
+
+def test_memory_is_counted():
+    """The count sees the logits of the plain way."""
+    hidden, weight, labels = problem()
+    with LiveBytes() as live:
+        torch.log_softmax(hidden @ weight.T, -1).gather(1, labels[:, None])
+    assert live.peak >= 2 * N * ROW
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu():
+    n, d, v = 2048, 512, 32000
+    hidden = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(v, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(v, (n,), device="cuda")
+    for rows in (256, n):
+        memory_budget = rows * v * 2
+        for _ in range(2):  # the first call sets up cuBLAS and Triton
+            hidden.grad = weight.grad = None
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            fastdpo.linear_token_logps(hidden, weight, labels, memory_budget=memory_budget).sum().backward()
+            torch.cuda.synchronize()
+            used = torch.cuda.max_memory_allocated() - before
+        # Over several tiles dweight is summed in float32.
+        gradients = hidden.nbytes + weight.nbytes * (1 if rows == n else 3)
+        assert used <= memory_budget + 2 * n * d + gradients + 64 * n + (1 << 20)
+
+
+def test_default_budget():
+    cpu = budget.default_budget(torch.device("cpu"))
+    assert 1 << 20 <= cpu <= 1 << 26
+    assert budget.plan(10, 49152, torch.float32, 1 << 26, keep=False) == ((1 << 26) // (49152 * 4), 0)
+    assert budget.plan(10**6, 100, torch.float32, 1 << 40, keep=False).tile == budget.LARGEST_TILE
+    assert budget.plan(10, 1 << 20, torch.float32, 1, keep=True) == (1, 0)
+    assert budget.plan(5000, 10, torch.float32, 10 * 4 * 4500, keep=True) == (4096, 404)
