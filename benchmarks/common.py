@@ -14,7 +14,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "trl", "liger-kernel", "cut-cross-entropy")
+PACKAGES = (
+    "torch", "triton", "transformers", "accelerate", "datasets", "trl", "liger-kernel", "cut-cross-entropy",
+    "quack-kernels",
+)  # fmt: skip
 
 
 def device_name() -> str:

@@ -46,22 +46,89 @@ def step_hh_cpu() -> str:
     return "\n".join(lines).strip() or f"{MISSING}: run `make bench`"
 
 
+KERNEL_CASES = {
+    ("logits", "no grad"): "log-probs from logits, no gradient",
+    ("logits", "gradient"): "log-probs from logits, with gradient",
+    ("dpo", "no grad"): "DPO loss from hidden states, no gradient",
+    ("dpo", "frozen head"): "DPO loss from hidden states, frozen head",
+    ("dpo", "trainable"): "DPO loss from hidden states, trainable head",
+    ("head", "no grad"): "log-probs from hidden states, no gradient",
+    ("head", "frozen head"): "log-probs from hidden states, frozen head",
+    ("head", "trainable"): "log-probs from hidden states, trainable head",
+}
+
+
 def gpu() -> str:
+    kernels = [_kernels(record) for record in results("logprobs") if record["device_type"] == "cuda"]
     lines = ["| on a GPU | |", "|---|---|"]
-    logprobs, packing = results("logprobs"), results("packing")
-    on_gpu = [record for record in logprobs if "epyc" not in record["device"].lower()]
-    lines.append(f"| log-probs from logits, share of copy bandwidth | {_logprobs(on_gpu)} |")
-    lines.append(f"| training step, prefix packing over a plain padded step | {_packing(packing)} |")
+    if not kernels:
+        lines.append(f"| log-probs from logits, share of copy bandwidth | {MISSING} (`make bench-gpu`) |")
+    lines.append(f"| training step, prefix packing over a plain padded step | {_packing(results('packing'))} |")
+    return "\n\n".join([*kernels, "\n".join(lines)])
+
+
+def _kernels(record: dict[str, Any]) -> str:
+    """One row a task and size; one column for fastdpo, and one for each package with its fastest right variant."""
+    tasks = [
+        (f"{label}, {_shape(part)}", part["modes"][mode]["variants"])
+        for (family, mode), label in KERNEL_CASES.items()
+        for part in record["parts"]
+        if part["family"] == family
+    ]
+    columns = dict.fromkeys(
+        _contestant(name) for _, rows in tasks for name, row in rows.items() if row["status"] != "unavailable"
+    )
+    lines = [f"| {record['device']}: ms, extra GB | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for label, rows in tasks:
+        lines.append(f"| {label} | " + " | ".join(_cell(rows, column) for column in columns) + " |")
+    goals = ", ".join(f"{goal['goal']} {goal['verdict']}" for goal in record["goals"])
+    lines += [
+        "",
+        "In brackets the share of what this device reached in the same run: a copy, or a large matrix product. A time "
+        "stands only where outputs and gradients err at most twice as much as those of plain code in the same dtype."
+        + (f" Goals: {goals}." if goals else ""),
+        f"{source(record)}.",
+    ]
     return "\n".join(lines)
 
 
-def _logprobs(records: list[dict[str, Any]]) -> str:
-    cells = []
-    for record in records:
-        for part in record["from_logits"]:
-            share = part["variants"]["fastdpo"]["forward_backward_share_of_ceiling"]
-            cells.append(f"{record['device']}, V={part['v']}: {MISSING if share is None else f'{share:.0%}'}")
-    return "; ".join(cells) or f"{MISSING} (`make bench-gpu`)"
+def _shape(part: dict[str, Any]) -> str:
+    return " ".join(f"{key.upper()}={part[key]}" for key in ("n", "d", "v") if key in part)
+
+
+def _contestant(variant: str) -> str:
+    return variant.split(",")[0]
+
+
+def _cell(rows: dict[str, dict[str, Any]], column: str) -> str:
+    # Ours is what a call without options does; of the others, the best that there is.
+    mine = [row for name, row in rows.items() if (name if column == "fastdpo" else _contestant(name)) == column]
+    times = [row for row in mine if row["ms"] is not None]
+    if not times:
+        states = {row["status"] for row in mine} - {"unavailable"}
+        return "numbers differ" if "numbers disagree" in states else ", ".join(sorted(states)) or "–"
+    best = min(times, key=lambda row: row["ms"])
+    share = f" ({best['share_of_ceiling']:.0%})" if column == "fastdpo" else ""
+    return f"{best['ms']:.2f}{share}, {best['extra_bytes'] / 1e9:.2f}"
+
+
+def kernels_cpu() -> str:
+    lines = []
+    for record in results("kernels_cpu"):
+        dtype = record["parts"][0]["dtype"]
+        lines += [f"| fastdpo / plain PyTorch on a CPU, {dtype} | time | extra memory |", "|---|---:|---:|"]
+        for part in record["parts"]:
+            for mode, rows in part["modes"].items():
+                for name, row in rows.items():
+                    if _contestant(name) != "fastdpo":
+                        continue
+                    label = KERNEL_CASES[part["family"], mode] + name.removeprefix("fastdpo")
+                    ratios = (row["time_ratio"], row["memory_ratio"])
+                    cells = " | ".join(MISSING if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+                    lines.append(f"| {label}, {_shape(part)} | {cells} |")
+        lines += ["", f"{source(record)}; {record['threads']} threads.", ""]
+    command = "python benchmarks/kernels/cpu_claims.py --results benchmarks/results"
+    return "\n".join(lines).strip() or f"{MISSING}: run `{command}`"
 
 
 def _packing(records: list[dict[str, Any]]) -> str:
@@ -73,7 +140,7 @@ def _packing(records: list[dict[str, Any]]) -> str:
     return "; ".join(cells) or f"{MISSING} (`make bench-gpu`)"
 
 
-TABLES = {"step_hh_cpu": step_hh_cpu, "gpu": gpu}
+TABLES = {"step_hh_cpu": step_hh_cpu, "gpu": gpu, "kernels_cpu": kernels_cpu}
 
 
 def filled(text: str) -> str:

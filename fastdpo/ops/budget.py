@@ -35,13 +35,14 @@ def default_budget(device: torch.device) -> int:
     return min(max(free // 8, 1 << 20), CPU_BUDGET)
 
 
-# Under torch.compile the budget of the moment of tracing stays: free memory is no shape to specialize on.
-_traced_default_budget = torch.compiler.assume_constant_result(default_budget)
+# torch.compile calls it while it traces and keeps the answer. This is the mark that
+# torch.compiler.assume_constant_result leaves; calling that would import torch._dynamo, and with it triton.
+default_budget._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve_budget(memory_budget: int | None, device: torch.device) -> int:
     if memory_budget is None:
-        return _traced_default_budget(device) if torch.compiler.is_compiling() else default_budget(device)
+        return default_budget(device)
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
         raise ValueError(f"memory_budget is {memory_budget!r}; it must be a number of bytes above 0, or None.")
     return memory_budget

@@ -119,7 +119,7 @@ def _forward(
     softcap: float | None, logit_scale: float, stats: bool, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
     tile: int, kept: int, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logps (N,), log-sum-exp (N,), statistics (4|0, N), and what the backward needs besides.
+    """logps (N,), norms (2, N), statistics (4|0, N), and what the backward needs besides.
 
     That is u = dlogp/dhidden (N, D) for a frozen head, P~ of the kept rows (kept, V) for a trainable one, else (0, V).
     """
@@ -133,7 +133,7 @@ def _forward(
         saved = kernel.fwd_with_hidden_grad(hidden, labels, head, results, buffer)
     else:
         saved = kernel.fwd_keeping(hidden, labels, head, results, buffer, kept=kept)
-    return results.logps, results.lse, results.stats, saved
+    return results.logps, results.norms, results.stats, saved
 
 
 def _forward_fake(
@@ -145,14 +145,14 @@ def _forward_fake(
     frozen = needs_hidden and not (needs_weight or needs_bias)
     return (
         hidden.new_empty(n, dtype=dtype),
-        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty((2, n), dtype=dtype),
         hidden.new_empty((4 if stats else 0, n), dtype=dtype),
         hidden.new_empty(hidden.shape if frozen else (kept, weight.shape[0])),
     )
 
 
 def _backward(
-    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, p: Tensor,
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, norms: Tensor, p: Tensor,
     ignore_index: int, temperature: float, softcap: float | None, logit_scale: float, needs_hidden: bool,
     needs_weight: bool, needs_bias: bool, tile: int, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -165,11 +165,11 @@ def _backward(
     count = kernel.tile_count(n, kept, tile)
     grads = kernel.HeadGrads(head, weight=needs_weight, bias=needs_bias, tiles=count)
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
-    grad_logps = grad_logps.to(lse.dtype)
+    grad_logps = grad_logps.to(norms.dtype)
     if kept:
         kernel.tile_bwd(slice(0, kept), p, hidden, grad_logps, head, grads, dhidden)
     buffer = head.buffer(min(tile, n - kept))
-    kernel.bwd(hidden, labels, lse, grad_logps, head, grads, dhidden, buffer, start=kept)
+    kernel.bwd(hidden, labels, norms, grad_logps, head, grads, dhidden, buffer, start=kept)
     return (
         hidden.new_empty(0) if dhidden is None else dhidden,
         weight.new_empty(0) if grads.weight is None else grads.weight.to(weight.dtype),
@@ -178,7 +178,7 @@ def _backward(
 
 
 def _backward_fake(
-    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, p: Tensor,
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, norms: Tensor, p: Tensor,
     ignore_index: int, temperature: float, softcap: float | None, logit_scale: float, needs_hidden: bool,
     needs_weight: bool, needs_bias: bool, tile: int, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -197,15 +197,15 @@ _backward_op.register_fake(_backward_fake)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, *options, _, needs_hidden, needs_weight, needs_bias, tile, _, impl = inputs
-    _, lse, stats, saved = output
-    ctx.mark_non_differentiable(lse, stats, saved)
+    _, norms, stats, saved = output
+    ctx.mark_non_differentiable(norms, stats, saved)
     ctx.set_materialize_grads(False)
     ctx.options, ctx.needs, ctx.tile, ctx.impl = options, (needs_hidden, needs_weight, needs_bias), tile, impl
     ctx.frozen_head = not (needs_weight or needs_bias)
     if ctx.frozen_head:
         ctx.save_for_backward(saved)
     else:
-        ctx.save_for_backward(hidden, weight, bias, labels, lse, saved)
+        ctx.save_for_backward(hidden, weight, bias, labels, norms, saved)
 
 
 @once_differentiable

@@ -122,7 +122,7 @@ class FusedPairLossFunction(torch.autograd.Function):
             if n <= tile:
                 kernel.tile_bwd(rows, p, hidden, token_grads, head, grads, dhidden)
             else:
-                kernel.bwd(hidden, labels, results.lse, token_grads, head, grads, dhidden, buffer, start=rows.start,
+                kernel.bwd(hidden, labels, results.norms, token_grads, head, grads, dhidden, buffer, start=rows.start,
                            end=rows.stop)  # fmt: skip
         ctx.save_for_backward(dhidden, grads.weight, grads.bias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype

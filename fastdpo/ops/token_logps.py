@@ -90,10 +90,10 @@ def _as_rows(tensor: Tensor) -> list[Tensor]:
 
 
 def _outputs(logits: Tensor, labels: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialized logps (...), log-sum-exp (...), statistics (4, ...), or (0, ...) where not asked for."""
+    """Uninitialized logps (...), norms (2, ...), statistics (4, ...), or (0, ...) where not asked for."""
     dtype = accumulation_dtype(logits.dtype)
     logps = torch.empty(labels.shape, dtype=dtype, device=logits.device)
-    return logps, torch.empty_like(logps), logps.new_empty((4 if stats else 0, *labels.shape))
+    return logps, logps.new_empty((2, *labels.shape)), logps.new_empty((4 if stats else 0, *labels.shape))
 
 
 def _forward(
@@ -101,30 +101,32 @@ def _forward(
     stats: bool, inplace_backward: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kernels, options = row_kernels(impl, logits), LogitOptions(ignore_index, temperature, softcap, logit_scale)
-    logps, lse, all_stats = _outputs(logits, labels, stats)
-    flat_labels, flat_logps, flat_lse = labels.reshape(-1), logps.view(-1), lse.view(-1)
-    flat_stats = all_stats.view(all_stats.shape[0], labels.numel())
+    logps, norms, all_stats = _outputs(logits, labels, stats)
+    n = labels.numel()
+    flat_labels, flat_logps, flat_norms = labels.reshape(-1), logps.view(-1), norms.view(2, n)
+    flat_stats = all_stats.view(all_stats.shape[0], n)
     start = 0
     for rows in _as_rows(logits):
         part = slice(start, start + rows.shape[0])
         out = kernels.token_logprobs_fwd(rows, flat_labels[part], stats=stats, **options.kwargs())
-        flat_logps[part], flat_lse[part] = out[0], out[1]
+        flat_logps[part], flat_norms[:, part] = out[0], out[1]
         if stats:
             flat_stats[:, part] = out[2]
         start = part.stop
-    return logps, lse, all_stats
+    return logps, norms, all_stats
 
 
 def _backward_into(
-    out: Tensor, grad_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, options: LogitOptions, impl: str
+    out: Tensor, grad_logps: Tensor, logits: Tensor, labels: Tensor, norms: Tensor, options: LogitOptions, impl: str
 ) -> None:
     kernels = row_kernels(impl, logits)
-    flat_labels, flat_lse, flat_grad = labels.reshape(-1), lse.reshape(-1), grad_logps.reshape(-1).to(lse.dtype)
+    flat_labels, flat_grad = labels.reshape(-1), grad_logps.reshape(-1).to(norms.dtype)
+    flat_norms = norms.reshape(2, labels.numel())
     start = 0
     for rows, target in zip(_as_rows(logits), _same_rows(out, logits), strict=True):
         part = slice(start, start + rows.shape[0])
         kernels.token_logprobs_bwd(
-            rows, flat_labels[part], flat_lse[part], flat_grad[part], out=target, **options.kwargs()
+            rows, flat_labels[part], flat_norms[:, part], flat_grad[part], out=target, **options.kwargs()
         )
         start = part.stop
 
@@ -137,23 +139,23 @@ def _same_rows(out: Tensor, logits: Tensor) -> list[Tensor]:
 
 
 def _backward(
-    grad_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, temperature: float,
+    grad_logps: Tensor, logits: Tensor, labels: Tensor, norms: Tensor, ignore_index: int, temperature: float,
     softcap: float | None, logit_scale: float, impl: str,
 ) -> Tensor:  # fmt: skip
     """grad_logps * (onehot - p) * dz/dx, (..., V), contiguous."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
-    _backward_into(out, grad_logps, logits, labels, lse, options, impl)
+    _backward_into(out, grad_logps, logits, labels, norms, options, impl)
     return out
 
 
 def _backward_(
-    grad_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, temperature: float,
+    grad_logps: Tensor, logits: Tensor, labels: Tensor, norms: Tensor, ignore_index: int, temperature: float,
     softcap: float | None, logit_scale: float, impl: str,
 ) -> None:  # fmt: skip
     """The same, written over the logits."""
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
-    _backward_into(logits, grad_logps, logits, labels, lse, options, impl)
+    _backward_into(logits, grad_logps, logits, labels, norms, options, impl)
 
 
 _forward_op = define("token_logps", _forward)
@@ -169,18 +171,18 @@ _backward_op_.register_fake(lambda *arguments: None)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, *options, _, ctx.inplace, ctx.impl = inputs
     ctx.options = options
-    _, lse, stats = output
-    ctx.mark_non_differentiable(lse, stats)
+    _, norms, stats = output
+    ctx.mark_non_differentiable(norms, stats)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, lse)
+    ctx.save_for_backward(logits, labels, norms)
 
 
 @once_differentiable
 def _autograd(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_logps is None:
         return (None,) * 9
-    logits, labels, lse = ctx.saved_tensors
-    arguments = (grad_logps, logits, labels, lse, *ctx.options, ctx.impl)
+    logits, labels, norms = ctx.saved_tensors
+    arguments = (grad_logps, logits, labels, norms, *ctx.options, ctx.impl)
     if not ctx.inplace:
         return _backward_op(*arguments), *(None,) * 8
     # The operator marks the saved logits as changed: a second backward raises instead of using what is left of them.

@@ -4,8 +4,8 @@ For a row x of V logits and its label y, with s = logit_scale, T = temperature, 
 
     z_j = c tanh(s x_j / c) / T                 (without softcap: z_j = s x_j / T)
     m   = max_j z_j,   S = sum_j exp(z_j - m)
-    lse = m + log S,   logp = (z_y - m) - log S
-    d logp / d x_j = ([j = y] - exp(z_j - lse)) dz_j/dx_j
+    logp = (z_y - m) - log S
+    d logp / d x_j = ([j = y] - exp(z_j - m) / S) dz_j/dx_j
 
 Rows are processed in chunks through one buffer that is written over and over: on a CPU the passes over a chunk then run
 in the cache, and beside its results a call allocates no more than a few chunks. Nothing here waits for a CUDA device.
@@ -80,7 +80,7 @@ class _Softmax(NamedTuple):
     """What a chunk of C rows of raw logits tells, and what its gradient can be made of."""
 
     logp: Tensor  # (C,)
-    lse: Tensor  # (C,)
+    norms: Tensor  # (2, C)
     stats: Tensor | None  # (4, C)
     e: Tensor  # (C, V) exp(z - anchor), in the chunk's work space
     total: Tensor  # (C, 1) its sums
@@ -113,9 +113,9 @@ def _softmax(
         flat = log_total.squeeze(1)
         top1 = (label_z >= m).squeeze(1).to(work.dtype)
         values = torch.stack([flat - total_ed / total.squeeze(1), mean_z, top1, total_ee.log() - 2.0 * flat])
-    # Not label_z - lse, which rounds twice at the size of m.
+    # m and log S apart: their sum would be rounded at the size of m, and logp and gradient with it.
     logp = (label_z - anchor - log_total).squeeze(1)
-    return _Softmax(logp, (anchor + log_total).squeeze(1), values, e, total, dz)
+    return _Softmax(logp, torch.cat([anchor, log_total], dim=1).t(), values, e, total, dz)
 
 
 def token_logprobs_fwd(
@@ -128,12 +128,13 @@ def token_logprobs_fwd(
     logit_scale: float = 1.0,
     stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """log_softmax(z, -1)[range(N), labels] and logsumexp(z, -1), with z of the logits as at the top of this file.
+    """log_softmax(z, -1)[range(N), labels] and what normalizes z, with z of the logits as at the top of this file.
 
-    logits (N, V) bf16, fp16, fp32 or fp64, any strides; labels (N,) int64. Returns logps (N,), lse (N,) and None or
-    stats (4, N), float32 (float64 for float64 logits). The rows of stats: entropy of softmax(z), mean of z over V, 1.0
-    where z[label] >= max z and else 0.0, log sum softmax(z)^2. Ignored rows give 0 everywhere whatever they hold; a
-    label outside [0, V) gives logp NaN; -inf is a legal logit.
+    logits (N, V) bf16, fp16, fp32 or fp64, any strides; labels (N,) int64. Returns logps (N,), norms (2, N) and None or
+    stats (4, N), float32 (float64 for float64 logits). The rows of norms: max z and log sum exp(z - max z), which make
+    logsumexp(z) together (for a row of -inf alone 0 and -inf). The rows of stats: entropy of softmax(z), mean of z over
+    V, 1.0 where z[label] >= max z and else 0.0, log sum softmax(z)^2. Ignored rows give 0 everywhere whatever they
+    hold; a label outside [0, V) gives logp NaN; -inf is a legal logit.
     """
     n, v = logits.shape
     assert v > 0 and labels.shape == (n,)
@@ -144,16 +145,16 @@ def token_logprobs_fwd(
 
     buffer = _new_buffer(logits)
     logps = torch.zeros(n, dtype=buffer.dtype, device=logits.device)
-    lse = torch.zeros_like(logps)
+    norms = logps.new_zeros(2, n)
     statistics = logps.new_zeros(4, n) if stats else None
     for rows, _ in _chunks(kept, len(buffer)):
         work = buffer[: rows.stop - rows.start]  # (C, V)
         chunk = _softmax(logits[rows], targets[rows], in_range[rows], work, inner, outer, softcap is not None, stats)
         logps[rows] = chunk.logp.where(kept[rows], 0.0)
-        lse[rows] = chunk.lse.where(kept[rows], 0.0)
+        norms[:, rows] = chunk.norms.where(kept[rows], 0.0)
         if statistics is not None and chunk.stats is not None:
             statistics[:, rows] = chunk.stats.where(kept[rows], 0.0)
-    return logps, lse, statistics
+    return logps, norms, statistics
 
 
 def token_logprobs_fwd_grad(
@@ -210,7 +211,7 @@ def token_logprobs_fwd_grad(
 def token_logprobs_bwd(
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    norms: Tensor,
     grad_logps: Tensor,
     *,
     ignore_index: int = -100,
@@ -219,14 +220,15 @@ def token_logprobs_bwd(
     logit_scale: float = 1.0,
     out: Tensor,
 ) -> Tensor:
-    """out = grad_logps[:, None] * (onehot(labels) - exp(z - lse[:, None])) * dz/dx, the gradient of the logits.
+    """out = grad_logps[:, None] * (onehot(labels) - softmax(z)) * dz/dx, the gradient of the logits.
 
-    logits (N, V) as in the forward; labels, lse, grad_logps (N,); out (N, V) in the dtype of logits, any strides, may
-    be logits itself. Returns out. Ignored rows get exact zeros whatever they hold, a label outside [0, V) gives NaN.
+    logits (N, V) and norms (2, N) as in the forward; labels, grad_logps (N,); out (N, V) in the dtype of logits, any
+    strides, may be logits itself. Returns out. Ignored rows get exact zeros whatever they hold, a label outside [0, V)
+    gives NaN.
     """
     n, v = logits.shape
     assert v > 0 and out.shape == logits.shape and out.dtype == logits.dtype
-    assert labels.shape == lse.shape == grad_logps.shape == (n,)
+    assert labels.shape == grad_logps.shape == (n,) and norms.shape == (2, n)
     inner, outer = _factors(temperature, softcap, logit_scale)
     kept = labels != ignore_index
     targets = labels.clamp(0, v - 1)  # (N,)
@@ -236,7 +238,8 @@ def token_logprobs_bwd(
     grads = grad_logps.to(dtype).masked_fill((labels < 0) | (labels >= v), torch.nan)
     if softcap is None:
         grads = grads * outer  # dz/dx is the same for all
-    grads, lse = grads.unsqueeze(1), lse.unsqueeze(1)  # (N, 1)
+    grads, m = grads.unsqueeze(1), norms[0].unsqueeze(1)  # (N, 1)
+    shares = grads * norms[1].neg().exp().unsqueeze(1)  # (N, 1) grad / S
 
     done = 0  # rows before this one are written
     for rows, all_kept in _chunks(kept, _chunk_rows(logits)):
@@ -251,7 +254,7 @@ def token_logprobs_bwd(
             t = torch.tanh(_scaled(logits[rows], inner, work), out=work)
             z = dx = t * outer
             slope = t.square_().mul_(-outer * inner).add_(outer * inner)
-        _exp_(torch.sub(z, lse[rows], out=dx)).mul_(-grads[rows])
+        _exp_(torch.sub(z, m[rows], out=dx)).mul_(-shares[rows])
         dx[torch.arange(len(dx), device=dx.device), targets[rows]] += grads[rows].squeeze(1)
         if slope is not None:
             dx.mul_(slope)

@@ -154,18 +154,20 @@ def tile_count(n: int, kept: int, tile: int) -> int:
 
 
 class RowResults:
-    """logps (N,), log-sum-exp (N,) where the logits may be formed again, statistics (4, N) or (0, N)."""
+    """logps (N,), norms (2, N) where the logits may be formed again, statistics (4, N) or (0, N)."""
 
     def __init__(self, hidden: Tensor, stats: bool):
         n, dtype, device = hidden.shape[0], accumulator(hidden.dtype), hidden.device
         self.logps = torch.empty(n, dtype=dtype, device=device)
-        self.lse = torch.zeros(n, dtype=dtype, device=device)
+        self.norms = torch.zeros((2, n), dtype=dtype, device=device)
         self.stats = torch.empty((4 if stats else 0, n), dtype=dtype, device=device)
 
     def forward(self, rows: slice, x: Tensor, labels: Tensor, head: Head) -> None:
         """Of these rows, whose logits are x (C, V)."""
         stats = self.stats.shape[0] > 0
-        self.logps[rows], self.lse[rows], values = head.rows.token_logprobs_fwd(x, labels, stats=stats, **head.options)
+        self.logps[rows], self.norms[:, rows], values = head.rows.token_logprobs_fwd(
+            x, labels, stats=stats, **head.options
+        )
         if values is not None:
             self.stats[:, rows] = values
 
@@ -208,17 +210,17 @@ def fwd_keeping(
 
 
 def bwd(
-    hidden: Tensor, labels: Tensor, lse: Tensor, grad: Tensor, head: Head, grads: HeadGrads, dhidden: Tensor | None,
+    hidden: Tensor, labels: Tensor, norms: Tensor, grad: Tensor, head: Head, grads: HeadGrads, dhidden: Tensor | None,
     buffer: Tensor, *, start: int = 0, end: int | None = None,
 ) -> None:  # fmt: skip
     """Forms the logits of rows [start, end) again, writes their dhidden, adds to the head's gradients: up to 6NDV.
 
-    lse (N,) is that of the forward, grad (N,) = dL/dlogps.
+    norms (2, N) are those of the forward, grad (N,) = dL/dlogps.
     """
     for rows, x in tiles(start, hidden.shape[0] if end is None else end, buffer):
         head.logits(hidden[rows], x)
-        ones = torch.ones_like(lse[rows])
-        head.rows.token_logprobs_bwd(x, labels[rows], lse[rows], ones, out=x, **head.options)
+        ones = torch.ones_like(norms[0, rows])
+        head.rows.token_logprobs_bwd(x, labels[rows], norms[:, rows], ones, out=x, **head.options)
         tile_bwd(rows, x, hidden, grad, head, grads, dhidden)
 
 

@@ -4,8 +4,8 @@ For a row x of V logits and its label y, with s = logit_scale, T = temperature, 
 
     z_j = c tanh(s x_j / c) / T                 (without softcap: z_j = s x_j / T)
     m   = max_j z_j,   S = sum_j exp(z_j - m)   (kept over blocks of V: when m grows, S shrinks by exp(m_old - m_new))
-    lse = m + log S,   logp = (z_y - m) - log S
-    d logp / d x_j = ([j = y] - exp(z_j - lse)) dz_j/dx_j
+    logp = (z_y - m) - log S
+    d logp / d x_j = ([j = y] - exp(z_j - m) / S) dz_j/dx_j
 
 A row is one program that walks over V in blocks. It takes the maximum of a block first and then exponentiates each
 element once: a running maximum per lane would need two exponentials an element, and the special-function unit, not the
@@ -68,15 +68,16 @@ def _split(row, V, HAS_EDGES: tl.constexpr):
     VECTOR: tl.constexpr = 16 // SIZE
     lead = 0
     if HAS_EDGES:
-        lead = tl.minimum((-row.to(tl.int64) & 15).to(tl.int32) // SIZE, V)
-    # Known to the compiler as a multiple of the vector, so that the mask `columns < body` does not split a vector.
+        lead = (-row.to(tl.int64) & 15).to(tl.int32) // SIZE
+    # A product with the vector, so that the compiler sees that the mask `columns < body` splits no vector. Division
+    # truncates: where the lead alone is longer than V, the body is 0.
     return lead, (V - lead) // VECTOR * VECTOR
 
 
 @triton.jit
 def _on_boundary(pointer):
-    """The pointer, a multiple of 16 bytes, so that the compiler knows."""
-    # By way of an integer, because where Triton folds a sum of pointer and offsets, a hint on the sum is lost.
+    """The pointer, which must be a multiple of 16 bytes, in a form in which the compiler knows that it is."""
+    # The rounding changes nothing. But a hint on a mere sum is lost where Triton folds the sum away.
     return tl.multiple_of((pointer.to(tl.int64) // 16 * 16).to(pointer.dtype), 16)
 
 
@@ -112,13 +113,13 @@ def _fold(
 # by 16, which would compile a kernel for each combination of V, strides and slices of labels.
 @triton.jit(
     do_not_specialize=["row_stride", "n_rows", "V", "ignore_index"],
-    do_not_specialize_on_alignment=["logits", "labels", "logps", "lses", "stats"],
+    do_not_specialize_on_alignment=["logits", "labels", "logps", "norms", "stats"],
 )
 def _token_logprobs_fwd_kernel(
     logits,  # (N, V)
     labels,  # (N,)
     logps,  # (N,)
-    lses,  # (N,)
+    norms,  # (2, N) m and log S
     stats,  # (4, N) or None
     row_stride,
     n_rows,
@@ -135,7 +136,8 @@ def _token_logprobs_fwd_kernel(
     label = tl.load(labels + row)
     if label == ignore_index:
         tl.store(logps + row, 0.0)
-        tl.store(lses + row, 0.0)
+        tl.store(norms + row, 0.0)
+        tl.store(norms + n_rows + row, 0.0)
         if HAS_STATS:
             for k in tl.static_range(4):
                 tl.store(stats + k * n_rows + row, 0.0)
@@ -169,8 +171,10 @@ def _token_logprobs_fwd_kernel(
 
     anchor = tl.where(m == -float("inf"), 0.0, m)
     log_total = tl.log(total)
-    tl.store(logps + row, (label_z - anchor) - log_total)  # not label_z - lse, which rounds twice at the size of m
-    tl.store(lses + row, anchor + log_total)
+    # m and log S apart: their sum would be rounded at the size of m, and logp and gradient with it.
+    tl.store(logps + row, (label_z - anchor) - log_total)
+    tl.store(norms + row, anchor)
+    tl.store(norms + n_rows + row, log_total)
     if HAS_STATS:
         tl.store(stats + row, log_total - total_ed / total)
         tl.store(stats + n_rows + row, total_z / V)
@@ -179,8 +183,8 @@ def _token_logprobs_fwd_kernel(
 
 
 @triton.jit
-def _gradient(x, is_label, lse, grad, inner, outer, HAS_SOFTCAP: tl.constexpr):
-    """grad * (onehot - exp(z - lse)) * dz/dx of a block x."""
+def _gradient(x, is_label, m, grad, share, inner, outer, HAS_SOFTCAP: tl.constexpr):
+    """(grad * onehot - share * exp(z - m)) * dz/dx of a block x."""
     x = x.to(tl.float32)
     if HAS_SOFTCAP:
         t = _tanh(inner * x)
@@ -189,22 +193,22 @@ def _gradient(x, is_label, lse, grad, inner, outer, HAS_SOFTCAP: tl.constexpr):
     else:
         z = outer * x
         slope = outer
-    onehot = tl.where(is_label, 1.0, 0.0)
-    return grad * (onehot - tl.exp(z - lse)) * slope
+    return (tl.where(is_label, grad, 0.0) - share * tl.exp(z - m)) * slope
 
 
 @triton.jit(
-    do_not_specialize=["row_stride", "out_row_stride", "V", "ignore_index"],
-    do_not_specialize_on_alignment=["logits", "labels", "lses", "grad_logps", "out"],
+    do_not_specialize=["row_stride", "out_row_stride", "n_rows", "V", "ignore_index"],
+    do_not_specialize_on_alignment=["logits", "labels", "norms", "grad_logps", "out"],
 )
 def _token_logprobs_bwd_kernel(
     logits,  # (N, V)
     labels,  # (N,)
-    lses,  # (N,)
+    norms,  # (2, N)
     grad_logps,  # (N,) or None: ones
     out,  # (N, V), may be logits
     row_stride,
     out_row_stride,
+    n_rows,
     V,
     ignore_index,
     inner,
@@ -232,11 +236,12 @@ def _token_logprobs_bwd_kernel(
             tl.store(out + columns, 0.0, mask=inside)
         return
 
-    lse = tl.load(lses + row)
     grad = 1.0
     if grad_logps is not None:
         grad = tl.load(grad_logps + row)
     grad = tl.where((label >= 0) & (label < V), grad, float("nan"))
+    m = tl.load(norms + row)
+    share = grad * tl.exp(-tl.load(norms + n_rows + row))  # grad / S
     body_x = logits + lead
     if ALIGNED_ALIKE:
         body_x = _on_boundary(body_x)
@@ -244,12 +249,12 @@ def _token_logprobs_bwd_kernel(
         columns = start + tl.arange(0, BLOCK_V)
         inside = columns < body
         x = tl.load(body_x + columns, mask=inside, other=0.0)  # (BLOCK_V,)
-        dx = _gradient(x, columns == label - lead, lse, grad, inner, outer, HAS_SOFTCAP)
+        dx = _gradient(x, columns == label - lead, m, grad, share, inner, outer, HAS_SOFTCAP)
         tl.store(body_out + columns, dx.to(out.dtype.element_ty), mask=inside)
     if HAS_EDGES:
         columns, inside = _edges(out, lead, body, V)
         x = tl.load(logits + columns, mask=inside, other=0.0)
-        dx = _gradient(x, columns == label, lse, grad, inner, outer, HAS_SOFTCAP)
+        dx = _gradient(x, columns == label, m, grad, share, inner, outer, HAS_SOFTCAP)
         tl.store(out + columns, dx.to(out.dtype.element_ty), mask=inside)
 
 
@@ -286,18 +291,19 @@ def token_logprobs_fwd(
     logit_scale: float = 1.0,
     stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """log_softmax(z, -1)[range(N), labels] and logsumexp(z, -1), with z of the logits as at the top of this file.
+    """log_softmax(z, -1)[range(N), labels] and what normalizes z, with z of the logits as at the top of this file.
 
-    logits (N, V) bf16, fp16 or fp32, any row stride; labels (N,) int64. Returns logps (N,), lse (N,) and None or stats
-    (4, N), all float32. The rows of stats: entropy of softmax(z), mean of z over V, 1.0 where z[label] >= max z and
-    else 0.0, log sum softmax(z)^2. Ignored rows are not read and give 0 everywhere; a label outside [0, V) gives
-    logp NaN; -inf is a legal logit.
+    logits (N, V) bf16, fp16 or fp32, any row stride; labels (N,) int64. Returns logps (N,), norms (2, N) and None or
+    stats (4, N), all float32. The rows of norms: max z and log sum exp(z - max z), which make logsumexp(z) together
+    (for a row of -inf alone 0 and -inf). The rows of stats: entropy of softmax(z), mean of z over V, 1.0 where
+    z[label] >= max z and else 0.0, log sum softmax(z)^2. Ignored rows are not read and give 0 everywhere; a label
+    outside [0, V) gives logp NaN; -inf is a legal logit.
     """
     n, v = logits.shape
     assert logits.dtype in (torch.bfloat16, torch.float16, torch.float32), logits.dtype
     assert v > 0 and (v == 1 or logits.stride(1) == 1) and labels.shape == (n,)
     logps = torch.empty(n, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(logps)
+    norms = torch.empty(2, n, dtype=torch.float32, device=logits.device)
     statistics = torch.empty(4, n, dtype=torch.float32, device=logits.device) if stats else None
     if n > 0:
         inner, outer = _factors(temperature, softcap, logit_scale)
@@ -306,7 +312,7 @@ def token_logprobs_fwd(
                 logits,
                 labels.contiguous(),
                 logps,
-                lse,
+                norms,
                 statistics,
                 logits.stride(0),
                 n,
@@ -320,29 +326,30 @@ def token_logprobs_fwd(
                 BLOCK_V=_block(v, FORWARD_BLOCK),
                 num_warps=NUM_WARPS,
             )
-    return logps, lse, statistics
+    return logps, norms, statistics
 
 
 def _launch_bwd(
-    logits: Tensor, labels: Tensor, lse: Tensor, grad_logps: Tensor | None, out: Tensor, *, ignore_index: int,
+    logits: Tensor, labels: Tensor, norms: Tensor, grad_logps: Tensor | None, out: Tensor, *, ignore_index: int,
     temperature: float, softcap: float | None, logit_scale: float,
 ) -> None:  # fmt: skip
     """`token_logprobs_bwd`, with None for a grad_logps of ones."""
     n, v = logits.shape
     assert v > 0 and (v == 1 or (logits.stride(1) == 1 and out.stride(1) == 1))
     assert out.shape == logits.shape and out.dtype == logits.dtype
-    assert labels.shape == lse.shape == (n,)
+    assert labels.shape == (n,) and norms.shape == (2, n)
     if n > 0:
         inner, outer = _factors(temperature, softcap, logit_scale)
         with torch.cuda.device_of(logits):
             _token_logprobs_bwd_kernel[(n,)](
                 logits,
                 labels.contiguous(),
-                lse.contiguous(),
+                norms.contiguous(),
                 grad_logps,
                 out,
                 logits.stride(0),
                 out.stride(0),
+                n,
                 v,
                 ignore_index,
                 inner,
@@ -358,7 +365,7 @@ def _launch_bwd(
 def token_logprobs_bwd(
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    norms: Tensor,
     grad_logps: Tensor,
     *,
     ignore_index: int = -100,
@@ -367,14 +374,15 @@ def token_logprobs_bwd(
     logit_scale: float = 1.0,
     out: Tensor,
 ) -> Tensor:
-    """out = grad_logps[:, None] * (onehot(labels) - exp(z - lse[:, None])) * dz/dx, the gradient of the logits.
+    """out = grad_logps[:, None] * (onehot(labels) - softmax(z)) * dz/dx, the gradient of the logits.
 
-    logits (N, V) as in the forward; labels, lse, grad_logps (N,); out (N, V) in the dtype of logits, any row stride,
-    may be logits itself. Returns out. Ignored rows get exact zeros and are not read, a label outside [0, V) gives NaN.
+    logits (N, V) and norms (2, N) as in the forward; labels, grad_logps (N,); out (N, V) in the dtype of logits, any
+    row stride, may be logits itself. Returns out. Ignored rows get exact zeros and are not read, a label outside [0, V)
+    gives NaN.
     """
     assert grad_logps.shape == labels.shape
     _launch_bwd(
-        logits, labels, lse, grad_logps.float().contiguous(), out,
+        logits, labels, norms, grad_logps.float().contiguous(), out,
         ignore_index=ignore_index, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
     return out
@@ -397,6 +405,6 @@ def token_logprobs_fwd_grad(
     options: dict[str, Any] = {
         "ignore_index": ignore_index, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale
     }  # fmt: skip
-    logps, lse, statistics = token_logprobs_fwd(logits, labels, stats=stats, **options)
-    _launch_bwd(logits, labels, lse, None, logits, **options)
+    logps, norms, statistics = token_logprobs_fwd(logits, labels, stats=stats, **options)
+    _launch_bwd(logits, labels, norms, None, logits, **options)
     return logps, statistics

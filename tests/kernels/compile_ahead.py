@@ -1,63 +1,125 @@
 """Compile the kernels for GPUs that need not be here, and print what the assembler made of each, a JSON object a line.
 
-Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/compile_ahead.py 80 90 100`.
+Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/compile_ahead.py sm_90 gfx942`.
 """
 
+import argparse
 import collections
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 from fastdpo_kernels import token_logprobs
 
+# (V, row stride, elements before the first row) of logits without edges, and with edges: rows that begin or end inside
+# a 16-byte vector. One kernel serves all shapes of a kind.
+SHAPES = {
+    False: [(128256, 128256, 0), (49152, 49168, 8), (8200, 8200, 16)],
+    True: [(50257, 50259, 1), (32001, 32001, 0), (128256, 128257, 0), (49152, 49152, 3)],
+}
+
 
 class MockDriver:
-    """As much of a CUDA driver as `warmup` asks for."""
+    """As much of a driver as `warmup` asks for."""
 
-    def __init__(self, capability: int):
-        self.capability = capability
+    def __init__(self, gpu: str):
+        self.gpu = gpu
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
+        if self.gpu.startswith("gfx"):
+            return GPUTarget("hip", self.gpu, 64)
+        return GPUTarget("cuda", int(self.gpu.removeprefix("sm_")), 32)
 
-    def get_current_device(self) -> int:
-        return self.capability  # compiled kernels are kept by device
+    def get_current_device(self) -> str:
+        return self.gpu  # compiled kernels are kept by device
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
 
-def variants() -> Iterator[tuple[dict[str, Any], Any]]:
-    """What each variant is, and the kernel compiled for the active driver. In warmup, a dtype stands for a pointer."""
-    n, v, ignore_index, inner, outer = 1000, 128256, -100, 0.03, 30.0
-    options = {"num_warps": token_logprobs.NUM_WARPS, "grid": (1,)}
-    forward, backward = token_logprobs._token_logprobs_fwd_kernel, token_logprobs._token_logprobs_bwd_kernel
-    f32, i64 = torch.float32, torch.int64
-    for dtype in (torch.bfloat16, torch.float32):
-        for softcap in (False, True):
-            options["HAS_SOFTCAP"] = softcap
-            name = f"{str(dtype).removeprefix('torch.')}{' softcap' if softcap else ''}"
-            for stats in (False, True):
-                arguments = (dtype, i64, f32, f32, f32 if stats else None, v, n, v, ignore_index, inner, outer)
-                kernel = forward.warmup(*arguments, HAS_STATS=stats, BLOCK_V=token_logprobs.FORWARD_BLOCK, **options)
-                yield {"kernel": "forward", "variant": name + " stats" * stats}, kernel
-            arguments = (dtype, i64, f32, f32, dtype, v, v, v, ignore_index, inner, outer)
-            kernel = backward.warmup(*arguments, BLOCK_V=token_logprobs.BACKWARD_BLOCK, **options)
-            yield {"kernel": "backward", "variant": name}, kernel
+class CompileOnly:
+    """Stands for a kernel in its launcher and compiles, with the arguments at hand, what would be launched."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+        self.compiled: Any = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile_for(*args: Any, **options: Any) -> None:
+            self.compiled = self.kernel.warmup(*args, grid=grid, **options)
+
+        return compile_for
 
 
-def resources(cubin: bytes) -> dict[str, Any]:
-    """Registers a thread, bytes of stack (spills), and how often each kind of global load and store is in the code."""
+def rows_of(n: int, v: int, stride: int, offset: int, dtype: torch.dtype) -> Tensor:
+    """Logits (n, v) that begin `offset` elements after a 16-byte boundary."""
+    memory = torch.empty(offset + n * stride, dtype=dtype)
+    assert memory.data_ptr() % 16 == 0
+    return memory.as_strided((n, v), (stride, 1), offset)
+
+
+def launch(
+    shape: tuple[int, int, int], dtype: torch.dtype, gradient: str, stats: bool, softcap: float | None
+) -> dict[str, Any]:
+    """The kernels, forward and backward, that the launchers start for logits of this shape on the active driver.
+
+    `gradient`: "in place", into "other rows" that are aligned differently, or of "ones", by `token_logprobs_fwd_grad`.
+    """
+    v, stride, offset = shape
+    n = 2 + v % 5
+    # Slices of longer vectors, as a chunk of rows has them: one element on, they begin at no 16-byte boundary.
+    labels, floats = torch.zeros(n + 1, dtype=torch.int64)[v % 2 :][:n], torch.zeros(n + 1)[v % 2 :][:n]
+    logits = rows_of(n, v, stride, offset, dtype)
+    options: dict[str, Any] = {"softcap": softcap, "ignore_index": -v}
+    forward = CompileOnly(token_logprobs._token_logprobs_fwd_kernel)
+    backward = CompileOnly(token_logprobs._token_logprobs_bwd_kernel)
+    with mock.patch.multiple(token_logprobs, _token_logprobs_fwd_kernel=forward, _token_logprobs_bwd_kernel=backward):
+        if gradient == "ones":
+            token_logprobs.token_logprobs_fwd_grad(logits, labels, stats=stats, **options)
+        else:
+            token_logprobs.token_logprobs_fwd(logits, labels, stats=stats, **options)
+            out = logits if gradient == "in place" else rows_of(n, v, stride + 1, offset, dtype)
+            norms = torch.zeros(2, n)
+            token_logprobs.token_logprobs_bwd(logits, labels, norms, floats, out=out, **options)
+    return {"forward": forward.compiled, "backward": backward.compiled}
+
+
+def variants(essential: bool) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What each variant is, how many kernels its shapes need, and the kernel for the first of them."""
+    for edges, dtype, softcap in itertools.product(SHAPES, (torch.bfloat16, torch.float32), (None, 30.0)):
+        if essential and (dtype, softcap) != (torch.bfloat16, 30.0):
+            continue
+        cases = [(True, "in place")]
+        if dtype == torch.bfloat16:
+            cases += [(True, "other rows")] * edges + [(True, "ones")] * (not essential)
+        if not essential:
+            cases += [(False, "in place")]
+        name = f"{str(dtype).removeprefix('torch.')}{' softcap' * (softcap is not None)}{' edges' * edges}"
+        seen: set[int] = set()
+        for stats, gradient in cases:
+            launches = [launch(shape, dtype, gradient, stats, softcap) for shape in SHAPES[edges]]
+            for kernel, detail in (("forward", " stats" * stats), ("backward", f" {gradient}")):
+                ids = {id(kernels[kernel]) for kernels in launches}
+                if not ids <= seen:
+                    what = {"kernel": kernel, "variant": name + detail, "kernels": len(ids)}
+                    yield what, launches[0][kernel]
+                seen |= ids
+
+
+def cuda_resources(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -66,11 +128,32 @@ def resources(cubin: bytes) -> dict[str, Any]:
             for tool, option in [(triton.knobs.nvidia.cuobjdump, "-res-usage"), (triton.knobs.nvidia.nvdisasm, "-c")]
         )
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return {**numbers, "memory": collections.Counter(re.findall(r"\b(?:LDG|STG)\.[A-Z0-9.]+", assembly))}
+    return {
+        "registers": numbers["REG"],
+        "spills": numbers["STACK"] + numbers["LOCAL"],
+        "loads": collections.Counter(re.findall(r"\bLDG\.[A-Z0-9.]+", assembly)),
+        "stores": collections.Counter(re.findall(r"\bSTG\.[A-Z0-9.]+", assembly)),
+    }
+
+
+def hip_resources(assembly: str) -> dict[str, Any]:
+    numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\n", assembly)}
+    return {
+        "registers": numbers["vgpr_count"],
+        "spills": sum(numbers[k] for k in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")),
+        "loads": collections.Counter(re.findall(r"\b(?:global|buffer)_load_\w+", assembly)),
+        "stores": collections.Counter(re.findall(r"\b(?:global|buffer)_store_\w+", assembly)),
+    }
 
 
 if __name__ == "__main__":
-    for capability in sys.argv[1:]:
-        triton.runtime.driver.set_active(MockDriver(int(capability)))
-        for what, kernel in variants():
-            print(json.dumps({"sm": int(capability), **what, **resources(kernel.asm["cubin"])}), flush=True)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--essential", action="store_true", help="only the kernels that need the most registers")
+    parser.add_argument("gpu", nargs="+", help="sm_90, gfx942")
+    arguments = parser.parse_args()
+    for gpu in arguments.gpu:
+        triton.runtime.driver.set_active(MockDriver(gpu))
+        for what, kernel in variants(arguments.essential):
+            asm = kernel.asm
+            made = cuda_resources(asm["cubin"]) if "cubin" in asm else hip_resources(asm["amdgcn"])
+            print(json.dumps({"gpu": gpu, **what, **made}), flush=True)

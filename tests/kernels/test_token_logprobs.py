@@ -52,17 +52,17 @@ def implementation(request) -> tuple[types.ModuleType, str]:
 
 
 def run(implementation, logits: Tensor, labels: Tensor, grad: Tensor, *, stats=True, in_place=False, **options):
-    """logps, lse, stats and gradient, on the CPU."""
+    """logps, lse = max z + log sum exp(z - max z), stats and gradient, on the CPU."""
     module, device = implementation
     x = logits.to(device) if device != "cpu" else logits
     if in_place:
         x = x.clone()
     y, g = labels.to(device), grad.to(device)
-    logps, lse, statistics = module.token_logprobs_fwd(x, y, stats=stats, **options)
+    logps, norms, statistics = module.token_logprobs_fwd(x, y, stats=stats, **options)
     out = x if in_place else torch.full_like(x, torch.nan)
-    gradient = module.token_logprobs_bwd(x, y, lse, g, out=out, **options)
+    gradient = module.token_logprobs_bwd(x, y, norms, g, out=out, **options)
     assert gradient is out and gradient.dtype == logits.dtype
-    result = {"logps": logps, "lse": lse, "gradient": gradient}
+    result = {"logps": logps, "lse": norms.sum(0), "gradient": gradient}
     if stats:
         result["stats"] = statistics
     else:
@@ -100,8 +100,8 @@ def error(value: Tensor, truth: Tensor) -> Tensor:
 def check(implementation, logits: Tensor, labels: Tensor, grad: Tensor, **options):
     """Every output within twice the naive error of its row, plus two roundings of what it is computed from.
 
-    For lse and the mean that is z. For the gradient too: its backward is handed lse in float32. Log-probs, entropy and
-    log sum p^2 see only the differences of z, so the size of z counts there only if the transform rounds z.
+    For lse and the mean that is z. Log-probs, gradient, entropy and log sum p^2 see only the differences of z, so the
+    size of z counts there only if the transform rounds z.
     """
     result = run(implementation, logits, labels, grad, **options)
     truth = oracle.token_logprobs(logits, labels, **options)
@@ -139,7 +139,7 @@ def check(implementation, logits: Tensor, labels: Tensor, grad: Tensor, **option
     limits = torch.finfo(logits.dtype)
     rounding = limits.eps / 2 * want.abs() + limits.smallest_normal * limits.eps
     naive_error = error(usual["gradient"], want).nan_to_num(posinf=0).amax(1, keepdim=True)
-    allowed = 2 * naive_error + rounding + (of_z * slope * grad.abs().double()).unsqueeze(1)
+    allowed = 2 * naive_error + rounding + (of_differences * slope * grad.abs().double()).unsqueeze(1)
     wrong = ~(error(got, want) <= allowed) & ~want.isnan()
     assert not wrong.any(), (got[wrong], want[wrong], usual["gradient"][wrong])
     assert torch.equal(got.isnan(), want.isnan())
@@ -280,8 +280,8 @@ def test_strided_rows_of_logits_and_gradient(implementation):
     target = torch.full((4, 2100), 7.0, device=device)
     labels, grad = torch.tensor([1, 2, -100, 1999], device=device), torch.randn(8, device=device)[::2]
     logits, out = wide[:, 500:2500], target[:, 100:2100]
-    _, lse, _ = module.token_logprobs_fwd(logits, labels)
-    module.token_logprobs_bwd(logits, labels, lse, grad, out=out)
+    _, norms, _ = module.token_logprobs_fwd(logits, labels)
+    module.token_logprobs_bwd(logits, labels, norms, grad, out=out)
     expected = run(implementation, logits.cpu().contiguous(), labels.cpu(), grad.cpu())["gradient"]
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-6, atol=1e-7)
     assert (target[:, :100] == 7.0).all()
@@ -300,10 +300,131 @@ def test_addresses_beyond_2_to_the_31(implementation):
     plain, labels, grad = logits.cpu().contiguous(), torch.tensor([7, 8, 9]), torch.randn(3)
     expected = run(implementation, plain, labels, grad)
     labels, grad = labels.to(device), grad.to(device)
-    logps, lse, _ = module.token_logprobs_fwd(logits, labels)
-    module.token_logprobs_bwd(logits, labels, lse, grad, out=logits)
+    logps, norms, _ = module.token_logprobs_fwd(logits, labels)
+    module.token_logprobs_bwd(logits, labels, norms, grad, out=logits)
     torch.testing.assert_close(logps.cpu(), expected["logps"], rtol=1e-6, atol=1e-6)
     assert torch.equal(logits.cpu(), expected["gradient"])
+
+
+class Placed:
+    """A module whose functions are handed copies of the logits and of `out` with these row strides and offsets.
+
+    NaN lies around the logits and must not matter; 7.0 lies around `out` and must stay.
+    """
+
+    def __init__(self, module, gap: int, offset: int, out_gap: int | None = None, out_offset: int = 0):
+        """Gaps between rows and offsets from a 16-byte boundary, in elements; in place without an `out_gap`."""
+        self.module, self.gap, self.offset, self.out_gap, self.out_offset = module, gap, offset, out_gap, out_offset
+
+    def token_logprobs_fwd(self, x: Tensor, labels: Tensor, **options):
+        _, rows = place(x, self.gap, self.offset, math.nan)
+        return self.module.token_logprobs_fwd(rows, labels, **options)
+
+    def token_logprobs_bwd(self, x: Tensor, labels: Tensor, norms: Tensor, grad: Tensor, *, out: Tensor, **options):
+        if self.out_gap is None:
+            memory, target = place(x, self.gap, self.offset, 7.0)
+            rows = target
+        else:
+            _, rows = place(x, self.gap, self.offset, math.nan)
+            memory, target = place(out, self.out_gap, self.out_offset, 7.0)
+        assert self.module.token_logprobs_bwd(rows, labels, norms, grad, out=target, **options) is target
+        out.copy_(target)
+        target.fill_(7.0)
+        assert (memory == 7.0).all()
+        return out
+
+
+def place(x: Tensor, gap: int, offset: int, around: float) -> tuple[Tensor, Tensor]:
+    """A copy of x (N, V) whose rows are `gap` elements apart, `offset` from a 16-byte boundary; the memory it is in."""
+    n, v = x.shape
+    memory = torch.full((offset + n * (v + gap) + 8,), around, dtype=x.dtype, device=x.device)
+    assert memory.data_ptr() % 16 == 0
+    rows = memory.as_strided((n, v), (v + gap, 1), offset)
+    return memory, rows.copy_(x)
+
+
+HALF_AND_SINGLE = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("offset", range(8))
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("v", [1, 5, 16, 31, 4097])
+def test_rows_at_any_address(implementation, v, dtype, offset):
+    module, device = implementation
+    logits = draw_logits(4, v, dtype, "peaked", seed=v + offset)
+    labels = torch.tensor([0, v - 1, -100, v // 2])
+    grad = torch.tensor([1.0, -0.5, 3.0, 2.0])
+    other = (offset + 3) % 8
+    for placed in (
+        Placed(module, gap=0, offset=offset),
+        Placed(module, gap=offset, offset=1),
+        Placed(module, gap=1, offset=offset, out_gap=1, out_offset=offset),
+        Placed(module, gap=0, offset=offset, out_gap=other, out_offset=0),
+        Placed(module, gap=offset, offset=0, out_gap=-v % 8, out_offset=0),
+    ):
+        check((placed, device), logits, labels, grad)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("v", [2047, 4095, 8191, 8193, 50257])
+def test_vocabularies_around_the_edges_of_blocks(implementation, v, dtype):
+    module, device = implementation
+    logits = draw_logits(3, v, dtype, "masked", seed=v)
+    labels, grad = torch.tensor([int(logits[0].argmax()), v - 1, 0]), torch.tensor([1.0, -0.5, 0.25])
+    options = {"softcap": 20.0, "temperature": 0.7}
+    check((Placed(module, gap=0, offset=0), device), logits, labels, grad)
+    check((Placed(module, gap=2, offset=5, out_gap=2, out_offset=5), device), logits, labels, grad, **options)
+    check((Placed(module, gap=1, offset=1, out_gap=0, out_offset=0), device), logits, labels, grad, **options)
+
+
+class ByFwdGrad:
+    """A module whose forward and backward are one call of `token_logprobs_fwd_grad`, for gradients of 1."""
+
+    def __init__(self, module, gap: int, offset: int):
+        self.module, self.gap, self.offset = module, gap, offset
+
+    def token_logprobs_fwd(self, x: Tensor, labels: Tensor, *, stats: bool, **options):
+        _, norms, _ = self.module.token_logprobs_fwd(x, labels, **options)
+        self.memory, self.gradient = place(x, self.gap, self.offset, 7.0)
+        logps, statistics = self.module.token_logprobs_fwd_grad(self.gradient, labels, stats=stats, **options)
+        return logps, norms, statistics
+
+    def token_logprobs_bwd(self, x: Tensor, labels: Tensor, norms: Tensor, grad: Tensor, *, out: Tensor, **options):
+        assert (grad == 1.0).all()
+        out.copy_(self.gradient)
+        self.gradient.fill_(7.0)
+        assert (self.memory == 7.0).all()
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 15.0, "temperature": 0.8}, {"logit_scale": 0.0625}])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("v", [3, 1000, 4097])
+def test_forward_with_gradient(implementation, v, dtype, options):
+    module, device = implementation
+    logits = draw_logits(6, v, dtype, "peaked", seed=v)
+    labels = torch.tensor([0, v - 1, -100, v, -1, v // 2])
+    for gap, offset in ((0, 0), (1, 3)):
+        result = check((ByFwdGrad(module, gap, offset), device), logits, labels, torch.ones(6), **options)
+        assert not result["gradient"][2].any() and result["gradient"][3:5].isnan().all()
+        without_stats = run(
+            (ByFwdGrad(module, gap, offset), device), logits, labels, torch.ones(6), stats=False, **options
+        )
+        torch.testing.assert_close(without_stats["logps"], result["logps"], rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_forward_with_gradient_does_not_read_ignored_rows(implementation):
+    module, device = implementation
+    for labels in ([3, -100, 4999, -100], [-100] * 4, []):
+        ignored = torch.tensor(labels, dtype=torch.int64) == -100
+        logits = torch.randn(len(labels), 5000).masked_fill(ignored[:, None], math.nan).to(device)
+        logps, stats = module.token_logprobs_fwd_grad(
+            logits, torch.tensor(labels, dtype=torch.int64).to(device), stats=True
+        )
+        assert logps.shape == (len(labels),) and stats.shape == (4, len(labels))
+        for value in (logps.cpu(), stats.cpu().T, logits.cpu()):
+            assert value.isfinite().all() and not value[ignored].any()
+        assert logits.cpu()[~ignored].any(1).all()
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -324,8 +445,8 @@ class LargestAllocation(TorchDispatchMode):
 def test_eager_allocates_chunks_only(dtype):
     logits, labels, grad = torch.randn(96, 50000).to(dtype), torch.randint(0, 50000, (96,)), torch.ones(96)
     with LargestAllocation() as largest:
-        _, lse, _ = eager.token_logprobs_fwd(logits, labels, stats=True, softcap=30.0)
-        eager.token_logprobs_bwd(logits, labels, lse, grad, softcap=30.0, out=logits)
+        _, norms, _ = eager.token_logprobs_fwd(logits, labels, stats=True, softcap=30.0)
+        eager.token_logprobs_bwd(logits, labels, norms, grad, softcap=30.0, out=logits)
     assert largest.bytes <= 4 * 2**20 < logits.nbytes
 
 
@@ -335,7 +456,7 @@ def test_eager_does_not_wait_for_the_device():
     logits, labels = torch.randn(64, 1000, device="cuda"), torch.randint(0, 1000, (64,), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _, lse, _ = eager.token_logprobs_fwd(logits, labels, stats=True)
-        eager.token_logprobs_bwd(logits, labels, lse, torch.ones_like(lse), out=logits)
+        _, norms, _ = eager.token_logprobs_fwd(logits, labels, stats=True)
+        eager.token_logprobs_bwd(logits, labels, norms, torch.ones_like(norms[0]), out=logits)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -26,8 +26,8 @@ def test_token_logps_is_a_well_made_operator(stats, inplace):
     # opcheck uses its inputs several times, so what is written over must be no leaf of theirs.
     if not inplace:
         opcheck(torch.ops.fastdpo.token_logps, (logits, labels, *OPTIONS, stats, inplace, "eager"))
-    lse = torch.randn(3, 7)
-    arguments = (torch.randn(3, 7), logits.detach(), labels, lse, *OPTIONS, "eager")
+    norms = torch.randn(2, 3, 7)
+    arguments = (torch.randn(3, 7), logits.detach(), labels, norms, *OPTIONS, "eager")
     opcheck(torch.ops.fastdpo.token_logps_backward_ if inplace else torch.ops.fastdpo.token_logps_backward, arguments)
 
 
@@ -42,7 +42,7 @@ def test_linear_token_logps_is_a_well_made_operator(needs, kept):
     opcheck(
         torch.ops.fastdpo.linear_token_logps, (hidden, weight, bias, labels, *OPTIONS, True, *needs, 7, kept, "eager")
     )
-    arguments = (torch.randn(N), hidden.detach(), weight.detach(), bias.detach(), labels, torch.randn(N),
+    arguments = (torch.randn(N), hidden.detach(), weight.detach(), bias.detach(), labels, torch.randn(2, N),
                  torch.randn(kept, V), *OPTIONS, *needs, 7, "eager")  # fmt: skip
     opcheck(torch.ops.fastdpo.linear_token_logps_backward, arguments)
 
@@ -109,7 +109,9 @@ def test_compiles_without_a_graph_break(name):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("name", ["token_logps", "in place", "linear_loss, packed"])
-def test_compiles_with_inductor(name):
+def test_compiles_with_inductor(name, monkeypatch, tmp_path):
+    # A graph kept from another version of the operators would be used unseen.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     function, tensors = functions()[name]
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True)
