@@ -128,13 +128,13 @@ def test_tables_from_results(tmp_path, monkeypatch):
 def test_cpu_table_from_results(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     rows = {
-        "fastdpo": {"time_ratio": 0.5, "memory_ratio": 0.25},
-        "fastdpo, in place": {"time_ratio": 0.4, "memory_ratio": None},
-        "eager": {"time_ratio": 1.0, "memory_ratio": 1.0},
+        "fastdpo": {"time_ratio": 0.5, "memory_ratio": 0.25, "work_memory_ratio": 0.125},
+        "fastdpo, in place": {"time_ratio": 0.4, "memory_ratio": None, "work_memory_ratio": None},
+        "eager": {"time_ratio": 1.0, "memory_ratio": 1.0, "work_memory_ratio": 1.0},
     }
     parts = [{"family": "logits", "n": 2048, "v": 49152, "dtype": "float32", "modes": {"gradient": rows}}]
     write(tmp_path, "kernels_cpu", {"threads": 2, "parts": parts})
     assert tables.kernels_cpu().splitlines()[2:4] == [
-        "| log-probs from logits, with gradient, N=2048 V=49152 | 0.50 | 0.25 |",
-        "| log-probs from logits, with gradient, in place, N=2048 V=49152 | 0.40 | not measured |",
+        "| log-probs from logits, with gradient, N=2048 V=49152 | 0.50 | 0.25 | 0.12 |",
+        "| log-probs from logits, with gradient, in place, N=2048 V=49152 | 0.40 | not measured | not measured |",
     ]

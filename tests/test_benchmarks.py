@@ -267,11 +267,13 @@ def test_rounds_take_turns_and_medians_are_taken():
 
 
 def test_cpu_claims_in_one_process():
-    memory = {"fastdpo": 25, "fastdpo, in place": None, "eager": 100}
+    memory = {"fastdpo": 300_000, "fastdpo, in place": None, "eager": 1_200_000}
     problem = logprobs.make_problem("logits", cpu_claims.SIZES[True]["logits"], CPU)
     result = cpu_claims.compare(problem, lambda family, mode, variant: memory[variant], repeats=1)
     rows = result["modes"]["gradient"]
     assert rows["fastdpo"]["memory_ratio"] == 0.25 and rows["eager"]["memory_ratio"] == 1
+    gradient = 64 * 1000 * 4
+    assert rows["fastdpo"]["work_memory_ratio"] == (300_000 - gradient) / (1_200_000 - gradient)
     assert rows["fastdpo"]["time_ratio"] == pytest.approx(rows["fastdpo"]["ms"] / rows["eager"]["ms"])
     assert rows["fastdpo, in place"]["memory_ratio"] is None
     assert "no grad" not in result["modes"] and "0.250" in cpu_claims.report(result)

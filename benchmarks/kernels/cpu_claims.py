@@ -7,8 +7,8 @@
 Two tasks, forward and backward: log-probs from logits (against log_softmax and gather), and the DPO loss of eight
 pairs from hidden states (against the same with all logits). Times are medians of rounds in which both run, in one
 process. Memory is the peak of a process of its own for each side, beyond what is resident before: inputs, PyTorch, one
-small run. Ratios are given only where outputs and gradients agree with float64 ones in the same run; else the exit code
-is 1.
+small run; and the same without the gradients, which every way has to return. Ratios are given only where outputs and
+gradients agree with float64 ones in the same run; else the exit code is 1.
 """
 
 from __future__ import annotations
@@ -75,10 +75,17 @@ def compare(problem: Problem, memory: Memory, repeats: int = 5) -> dict[str, Any
         rows = measured["variants"]
         for name, row in rows.items():
             row["extra_bytes"] = memory(problem.family, mode, name) if row["ms"] is not None else None
+        (needs,) = [candidate for candidate in problem.modes if candidate.name == mode]
+        for variant in contestants(problem.family):
+            row = rows[variant.name]
+            leaves = () if variant.overwrites else problem.leaves(variant, needs)
+            gradients = sum(leaf.nbytes for leaf in leaves if leaf.requires_grad)
+            row["work_bytes"] = None if row["extra_bytes"] is None else max(0, row["extra_bytes"] - gradients)
         plain = rows[NAIVE]
         for row in rows.values():
             row["time_ratio"] = ratio(row["ms"], plain["ms"])
             row["memory_ratio"] = ratio(row["extra_bytes"], plain["extra_bytes"])
+            row["work_memory_ratio"] = ratio(row["work_bytes"], plain["work_bytes"])
         cases[mode] = rows
     return {"family": problem.family, **problem.shape, "dtype": part["dtype"], "modes": cases}
 
@@ -90,10 +97,10 @@ def ratio(ours: float | None, theirs: float | None) -> float | None:
 def report(part: dict[str, Any]) -> str:
     lines = [f"\n{title(part['family'], part)}, {part['dtype']}"]
     for mode, rows in part["modes"].items():
-        lines.append(f"  {mode:32} {'ms':>9} {'extra GB':>9} {'time':>7} {'memory':>7}")
+        lines.append(f"  {mode:32} {'ms':>9} {'extra GB':>9} {'time':>9} {'memory':>9} {'no grads':>9}")
         for name, row in rows.items():
             shown = [row["ms"], None if row["extra_bytes"] is None else row["extra_bytes"] / 1e9, row["time_ratio"],
-                     row["memory_ratio"]]  # fmt: skip
+                     row["memory_ratio"], row["work_memory_ratio"]]  # fmt: skip
             cells = " ".join(f"{'-' if value is None else format(value, '.3f'):>9}" for value in shown)
             lines.append(f"    {name:30} {cells}" + ("" if row["status"] == "measured" else f"  {row['status']}"))
     return "\n".join(lines)

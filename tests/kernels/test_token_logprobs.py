@@ -168,7 +168,7 @@ SIZES = [1, 2, 3, 127, 128, 1000, 2049, 4096, 4097, 9000]
 LABELS = st.one_of(st.integers(0, 9000), st.sampled_from(["ignored", "below", "v", "above"]))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     v=st.sampled_from(SIZES),
     dtype=st.sampled_from(DTYPES),
@@ -191,7 +191,7 @@ def test_agrees_with_float64(implementation, v, dtype, kind, row_gap, labels, ig
     check(implementation, logits, torch.tensor(numbers, dtype=torch.int64), grad, ignore_index=ignore_index, **options)
 
 
-@pytest.mark.parametrize("v", [49152, 128256, 262144])
+@pytest.mark.parametrize("v", [32000, 49152, 128256, 151936, 262144])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_large_vocabularies(implementation, v, dtype):
     logits = draw_logits(2, v, dtype, "peaked", seed=v)
