@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastdpo_kernels.linear_logprobs import row_stride
+
 # A tile of this many rows runs its products at full speed on any GPU; memory beyond it is better spent on keeping.
 FULL_SPEED_ROWS = 4096
 LARGEST_TILE = 16384
@@ -50,7 +52,7 @@ def resolve_budget(memory_budget: int | None, device: torch.device) -> int:
 
 def rows_within(memory_budget: int, vocabulary: int, dtype: torch.dtype) -> int:
     """Rows of logits that the budget holds; one row is the least that can be worked with."""
-    return max(1, memory_budget // max(1, vocabulary * dtype.itemsize))
+    return max(1, memory_budget // max(1, row_stride(vocabulary) * dtype.itemsize))
 
 
 def plan(n: int, vocabulary: int, dtype: torch.dtype, memory_budget: int, *, keep: bool) -> Tiling:

@@ -26,7 +26,7 @@ def see_products() -> None:
     here would bring triton along.
     """
     global _seen
-    if _seen or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _seen:  # in this order, or a compiled graph would depend on what was seen
         return
     counter = sys.modules.get("torch.utils.flop_counter")
     mode_class = getattr(counter, "_FlopCounterMode", None)

@@ -16,6 +16,7 @@ from fastdpo.ops.budget import plan, resolve_budget
 from fastdpo.ops.dispatch import LogitOptions, check_impl, check_linear, compute_dtype, row_kernels
 from fastdpo.ops.library import define, see_products
 from fastdpo.types import IGNORE_INDEX, TokenStats, accumulation_dtype
+from fastdpo_kernels import linear_logprobs as kernel
 
 
 def linear_token_logps(
@@ -109,9 +110,7 @@ def needed_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tup
 
 
 def make_head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, options: LogitOptions, kernels: Any) -> Any:
-    from fastdpo_kernels.linear_logprobs import Head
-
-    return Head(weight.detach(), None if bias is None else bias.detach(), dtype, options.kwargs(), kernels)
+    return kernel.Head(weight.detach(), None if bias is None else bias.detach(), dtype, options.kwargs(), kernels)
 
 
 def _forward(
@@ -123,8 +122,6 @@ def _forward(
 
     That is u = dlogp/dhidden (N, D) for a frozen head, P~ of the kept rows (kept, V) for a trainable one, else (0, V).
     """
-    from fastdpo_kernels import linear_logprobs as kernel
-
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
     head = make_head(weight, bias, hidden.dtype, options, row_kernels(impl, hidden))
     results = kernel.RowResults(hidden, stats)
@@ -147,8 +144,13 @@ def _forward_fake(
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty((2, n), dtype=dtype),
         hidden.new_empty((4 if stats else 0, n), dtype=dtype),
-        hidden.new_empty(hidden.shape if frozen else (kept, weight.shape[0])),
+        hidden.new_empty(hidden.shape) if frozen else _rows_like(hidden, kept, weight.shape[0]),
     )
+
+
+def _rows_like(hidden: Tensor, rows: int, vocabulary: int) -> Tensor:
+    """As `Head.buffer`, in the dtype of hidden."""
+    return hidden.new_empty((rows, kernel.row_stride(vocabulary)))[:, :vocabulary]
 
 
 def _backward(
@@ -157,8 +159,6 @@ def _backward(
     needs_weight: bool, needs_bias: bool, tile: int, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dhidden (N, D), dweight (V, D), dbias (V,), in the dtypes of their tensors; empty where not needed."""
-    from fastdpo_kernels import linear_logprobs as kernel
-
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
     head = make_head(weight, bias, hidden.dtype, options, row_kernels(impl, hidden))
     n, kept = hidden.shape[0], p.shape[0]

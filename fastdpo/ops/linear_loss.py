@@ -18,6 +18,7 @@ from fastdpo.ops.budget import rows_within
 from fastdpo.ops.dispatch import LogitOptions, row_kernels
 from fastdpo.ops.linear_logps import make_head, needed_gradients
 from fastdpo.types import TokenStats
+from fastdpo_kernels import linear_logprobs as kernel
 
 # (first pair, end pair, sums (2, pairs) of chosen and rejected log-probs, requiring grad) -> losses (pairs,)
 PairLoss = Callable[[int, int, Tensor], Tensor]
@@ -91,8 +92,6 @@ class FusedPairLossFunction(torch.autograd.Function):
         tokens_per_pair: tuple[int, ...], pair_loss: PairLoss, options: LogitOptions, stats: bool, memory_budget: int,
         kernels: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        from fastdpo_kernels import linear_logprobs as kernel
-
         head = make_head(weight, bias, hidden.dtype, options, kernels)
         tile = rows_within(memory_budget, weight.shape[0], hidden.dtype)
         chunks, num_pairs = chunk_rows(tokens_per_pair, tile), len(tokens_per_pair)

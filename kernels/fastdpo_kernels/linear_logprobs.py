@@ -36,6 +36,14 @@ CPU_SLAB = 2048
 CAST_BYTES = 1 << 26
 
 
+def row_stride(vocabulary: int) -> int:
+    """Elements from one row of logits to the next in our buffers: for an odd V (50257, 32001, ...) some more than V.
+
+    Tensor cores take rows that begin at 16 bytes; cuBLAS leaves them, or copies, where they do not.
+    """
+    return vocabulary if vocabulary % 8 == 0 or vocabulary < 1024 else -(-vocabulary // 64) * 64
+
+
 @dataclass(frozen=True)
 class Head:
     """A language-model head and how its logits are read.
@@ -54,7 +62,10 @@ class Head:
     rows: Any
 
     def buffer(self, rows: int) -> Tensor:
-        return torch.empty(rows, self.weight.shape[0], dtype=self.dtype, device=self.weight.device)
+        """Uninitialized logits (rows, V)."""
+        vocabulary = self.weight.shape[0]
+        whole = torch.empty(rows, row_stride(vocabulary), dtype=self.dtype, device=self.weight.device)
+        return whole[:, :vocabulary]
 
     def slabs(self) -> Iterator[tuple[slice, Tensor]]:
         """(columns of the logits, their rows of the weight in the dtype of the products)."""

@@ -32,18 +32,18 @@ def test_token_logps_is_a_well_made_operator(stats, inplace):
 
 
 @pytest.mark.parametrize("needs", [(False,) * 3, (True, False, False), (True, True, True)], ids=str)
-@pytest.mark.parametrize("kept", [0, 5])
-def test_linear_token_logps_is_a_well_made_operator(needs, kept):
-    hidden, weight, bias = torch.randn(N, D), torch.randn(V, D), torch.randn(V)
+@pytest.mark.parametrize("kept, v", [(0, V), (5, V), (5, 1025)])  # rows of 1025 logits stand further apart
+def test_linear_token_logps_is_a_well_made_operator(needs, kept, v):
+    hidden, weight, bias = torch.randn(N, D), torch.randn(v, D), torch.randn(v)
     for tensor, needed in zip((hidden, weight, bias), needs, strict=True):
         tensor.requires_grad_(needed)
-    labels = torch.randint(V, (N,))
+    labels = torch.randint(v, (N,))
     kept = kept if needs[1] else 0
     opcheck(
         torch.ops.fastdpo.linear_token_logps, (hidden, weight, bias, labels, *OPTIONS, True, *needs, 7, kept, "eager")
     )
     arguments = (torch.randn(N), hidden.detach(), weight.detach(), bias.detach(), labels, torch.randn(2, N),
-                 torch.randn(kept, V), *OPTIONS, *needs, 7, "eager")  # fmt: skip
+                 torch.randn(kept, v), *OPTIONS, *needs, 7, "eager")  # fmt: skip
     opcheck(torch.ops.fastdpo.linear_token_logps_backward, arguments)
 
 
