@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +50,16 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def row_kernels(impl: str, tensor: Tensor) -> Any:
-    """The module whose `token_logprobs_fwd` and `token_logprobs_bwd` work on `tensor`.
+class RowKernels(NamedTuple):
+    """The functions of these names of one implementation."""
+
+    token_logprobs_fwd: Callable[..., Any]
+    token_logprobs_bwd: Callable[..., Any]
+    token_logprobs_fwd_grad: Callable[..., Any]
+
+
+def row_kernels(impl: str, tensor: Tensor) -> RowKernels:
+    """The row kernels that work on `tensor`.
 
     "auto" is Triton on a GPU, except for float64, and eager PyTorch elsewhere.
     """
@@ -61,7 +70,7 @@ def row_kernels(impl: str, tensor: Tensor) -> Any:
     if impl == "eager":
         from fastdpo_kernels import eager
 
-        return eager
+        return RowKernels(eager.token_logprobs_fwd, eager.token_logprobs_bwd, eager.token_logprobs_fwd_grad)
     if tensor.dtype == torch.float64:
         raise ValueError("impl='triton' works in float32 and does not take float64 tensors; use impl='eager' for them.")
     if not has_triton():
@@ -71,9 +80,10 @@ def row_kernels(impl: str, tensor: Tensor) -> Any:
             f"impl='triton' needs a GPU, but the tensor is on {tensor.device}; use impl='auto' or impl='eager', "
             "or set TRITON_INTERPRET=1 before the first call to run the kernels in Triton's interpreter."
         )
-    from fastdpo_kernels import token_logprobs
+    from fastdpo_kernels.token_logprobs import token_logprobs_bwd, token_logprobs_fwd
+    from fastdpo_kernels.token_logprobs_grad import token_logprobs_fwd_grad
 
-    return token_logprobs
+    return RowKernels(token_logprobs_fwd, token_logprobs_bwd, token_logprobs_fwd_grad)
 
 
 def check_impl(impl: str) -> None:

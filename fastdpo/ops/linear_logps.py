@@ -121,6 +121,7 @@ def _forward(
     """logps (N,), norms (2, N), statistics (4|0, N), and what the backward needs besides.
 
     That is u = dlogp/dhidden (N, D) for a frozen head, P~ of the kept rows (kept, V) for a trainable one, else (0, V).
+    Of both the rows lack a factor, which stands in norms[0].
     """
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
     head = make_head(weight, bias, hidden.dtype, options, row_kernels(impl, hidden))
@@ -167,7 +168,8 @@ def _backward(
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
     grad_logps = grad_logps.to(norms.dtype)
     if kept:
-        kernel.tile_bwd(slice(0, kept), p, hidden, grad_logps, head, grads, dhidden)
+        scaled = grad_logps[:kept] * norms[0, :kept]
+        kernel.tile_bwd(slice(0, kept), p, hidden, scaled, head, grads, dhidden)
     buffer = head.buffer(min(tile, n - kept))
     kernel.bwd(hidden, labels, norms, grad_logps, head, grads, dhidden, buffer, start=kept)
     return (
@@ -203,7 +205,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.options, ctx.needs, ctx.tile, ctx.impl = options, (needs_hidden, needs_weight, needs_bias), tile, impl
     ctx.frozen_head = not (needs_weight or needs_bias)
     if ctx.frozen_head:
-        ctx.save_for_backward(saved)
+        ctx.save_for_backward(saved, norms)
     else:
         ctx.save_for_backward(hidden, weight, bias, labels, norms, saved)
 
@@ -213,9 +215,9 @@ def _autograd(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | No
     if grad_logps is None:
         return (None,) * 15
     if ctx.frozen_head:
-        (u,) = ctx.saved_tensors
+        u, norms = ctx.saved_tensors
         # Rounded once, and without a float32 copy of u.
-        return torch.mul(u, grad_logps.unsqueeze(1), out=torch.empty_like(u)), *(None,) * 14
+        return torch.mul(u, (grad_logps * norms[0]).unsqueeze(1), out=torch.empty_like(u)), *(None,) * 14
     grads = _backward_op(grad_logps, *ctx.saved_tensors, *ctx.options, *ctx.needs, ctx.tile, ctx.impl)
     return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), *(None,) * 12
 

@@ -119,6 +119,7 @@ class FusedPairLossFunction(torch.autograd.Function):
             sums[:, first:end] = chunk_sums
             token_grads[rows] = grad_sums[ids]
             if n <= tile:
+                token_grads[rows] *= results.scale[rows]
                 kernel.tile_bwd(rows, p, hidden, token_grads, head, grads, dhidden)
             else:
                 kernel.bwd(hidden, labels, results.norms, token_grads, head, grads, dhidden, buffer, start=rows.start,

@@ -166,8 +166,10 @@ def token_logprobs_fwd_grad(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     stats: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """logps (N,) and statistics of `token_logprobs_fwd`; logits become d logp / dx, with one exponential an element.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """logps (N,), scale (N,) and stats of `token_logprobs_fwd`; logits become q, of dlogp/dlogits = scale[:, None] * q.
+
+    One exponential an element. The scale is None, for ones: here q has its factor.
 
     logits (N, V) as in `token_logprobs_fwd`, overwritten: zeros where ignored, NaN where the label is outside [0, V).
     """
@@ -205,7 +207,7 @@ def token_logprobs_fwd_grad(
         if dx is not target:
             target.copy_(dx)
     logits[done:] = 0.0
-    return logps, statistics
+    return logps, None, statistics
 
 
 def token_logprobs_bwd(

@@ -3,8 +3,8 @@
     x = hidden @ weight.T + bias                      (N, V), as much of it at a time as the caller's tile holds
     logp_i = log softmax(z(x_i))[label_i]             z: scale, softcap, temperature, as in token_logprobs
 
-The matrix products stay with the BLAS of the device; only the softmax work on a tile is ours (`rows`: the module
-`token_logprobs` or `eager`). The logits of a tile are overwritten by
+The matrix products stay with the BLAS of the device; only the softmax work on a tile is ours (`rows`: the functions
+of `token_logprobs` and `token_logprobs_grad`, or of `eager`). The logits of a tile are overwritten by
 
     P~ = d logp / d x = (onehot - p) * dz/dx          (C, V)
 
@@ -52,7 +52,7 @@ class Head:
     bias     (V,) or None
     dtype    of hidden states, logits and products
     options  of the row kernels: ignore_index, temperature, softcap, logit_scale
-    rows     the module with the row kernels
+    rows     what has the row kernels as attributes
     """
 
     weight: Tensor
@@ -165,12 +165,16 @@ def tile_count(n: int, kept: int, tile: int) -> int:
 
 
 class RowResults:
-    """logps (N,), norms (2, N) where the logits may be formed again, statistics (4, N) or (0, N)."""
+    """logps (N,), statistics (4, N) or (0, N), and norms (2, N) where the logits may be formed again.
+
+    Of rows that became P~ `scale`, the first row of norms, holds the factor that P~ lacks: it goes into dL/dlogp.
+    """
 
     def __init__(self, hidden: Tensor, stats: bool):
         n, dtype, device = hidden.shape[0], accumulator(hidden.dtype), hidden.device
         self.logps = torch.empty(n, dtype=dtype, device=device)
         self.norms = torch.zeros((2, n), dtype=dtype, device=device)
+        self.scale = self.norms[0]
         self.stats = torch.empty((4 if stats else 0, n), dtype=dtype, device=device)
 
     def forward(self, rows: slice, x: Tensor, labels: Tensor, head: Head) -> None:
@@ -183,9 +187,10 @@ class RowResults:
             self.stats[:, rows] = values
 
     def forward_to_gradient(self, rows: slice, x: Tensor, labels: Tensor, head: Head) -> None:
-        """The same, and x becomes P~."""
+        """The same, and x becomes P~, which still lacks the factor `scale` of each row."""
         stats = self.stats.shape[0] > 0
-        self.logps[rows], values = head.rows.token_logprobs_fwd_grad(x, labels, stats=stats, **head.options)
+        self.logps[rows], scale, values = head.rows.token_logprobs_fwd_grad(x, labels, stats=stats, **head.options)
+        self.scale[rows] = 1.0 if scale is None else scale
         if values is not None:
             self.stats[:, rows] = values
 

@@ -9,7 +9,8 @@ For a row x of V logits and its label y, with s = logit_scale, T = temperature, 
 
 A row is one program that walks over V in blocks. It takes the maximum of a block first and then exponentiates each
 element once: a running maximum per lane would need two exponentials an element, and the special-function unit, not the
-memory, would then set the pace. `fastdpo_kernels.eager` has the same functions in plain PyTorch.
+memory, would then set the pace. `fastdpo_kernels.eager` has the same functions in plain PyTorch,
+`token_logprobs_grad` both passes in one for logits that may be overwritten.
 
 Memory moves 128 bits at a time for every V and row stride. A row is split at the 16-byte boundaries within it,
 
@@ -17,8 +18,6 @@ Memory moves 128 bits at a time for every V and row stride. A row is split at th
 
 the blocks cover the body, and the edges are one small block of their own.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -54,7 +53,7 @@ def _tanh(y):
 
 
 @triton.jit
-def _transform(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
+def transform(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
     """z of raw logits: outer * tanh(inner * x), or outer * x."""
     if HAS_SOFTCAP:
         x = _tanh(inner * x)
@@ -62,7 +61,7 @@ def _transform(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _split(row, V, HAS_EDGES: tl.constexpr):
+def split(row, V, HAS_EDGES: tl.constexpr):
     """(lead, body) of the row at this address, in elements."""
     SIZE: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
     VECTOR: tl.constexpr = 16 // SIZE
@@ -75,14 +74,14 @@ def _split(row, V, HAS_EDGES: tl.constexpr):
 
 
 @triton.jit
-def _on_boundary(pointer):
+def on_boundary(pointer):
     """The pointer, which must be a multiple of 16 bytes, in a form in which the compiler knows that it is."""
     # The rounding changes nothing. But a hint on a mere sum is lost where Triton folds the sum away.
     return tl.multiple_of((pointer.to(tl.int64) // 16 * 16).to(pointer.dtype), 16)
 
 
 @triton.jit
-def _edges(row, lead, body, V):
+def edges(row, lead, body, V):
     """Columns of the lead and, after them, of the tail, and which of them there are. At most a vector less one each."""
     i = tl.arange(0, 256 // row.dtype.element_ty.primitive_bitwidth)
     columns = i + tl.where(i < lead, 0, body)
@@ -94,7 +93,7 @@ def _fold(
     x, inside, m, total, total_z, total_ed, total_ee, inner, outer, HAS_SOFTCAP: tl.constexpr, HAS_STATS: tl.constexpr
 ):
     """The maximum m of z, sum e, sum z, sum e (z - m) and sum e^2 with one more block x, where e = exp(z - m)."""
-    z = tl.where(inside, _transform(x.to(tl.float32), inner, outer, HAS_SOFTCAP), -float("inf"))
+    z = tl.where(inside, transform(x.to(tl.float32), inner, outer, HAS_SOFTCAP), -float("inf"))
     new_m = tl.maximum(m, tl.max(z, axis=0))
     anchor = tl.where(new_m == -float("inf"), 0.0, new_m)  # all masked so far: -inf - -inf would be NaN
     d = z - anchor
@@ -146,15 +145,15 @@ def _token_logprobs_fwd_kernel(
     logits += row * row_stride
     # An out-of-range label reads nothing, and its NaN becomes the log-prob.
     label_x = tl.load(logits + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
-    label_z = _transform(label_x, inner, outer, HAS_SOFTCAP)
+    label_z = transform(label_x, inner, outer, HAS_SOFTCAP)
 
     m = tl.full((), -float("inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     total_z = tl.zeros((), tl.float32)
     total_ed = tl.zeros((), tl.float32)
     total_ee = tl.zeros((), tl.float32)
-    lead, body = _split(logits, V, HAS_EDGES)
-    body_x = _on_boundary(logits + lead)
+    lead, body = split(logits, V, HAS_EDGES)
+    body_x = on_boundary(logits + lead)
     for start in range(0, body, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         inside = columns < body
@@ -163,7 +162,7 @@ def _token_logprobs_fwd_kernel(
             x, inside, m, total, total_z, total_ed, total_ee, inner, outer, HAS_SOFTCAP, HAS_STATS
         )
     if HAS_EDGES:  # after the body, which has brought their lines into the caches
-        columns, inside = _edges(logits, lead, body, V)
+        columns, inside = edges(logits, lead, body, V)
         x = tl.load(logits + columns, mask=inside, other=0.0)
         m, total, total_z, total_ed, total_ee = _fold(
             x, inside, m, total, total_z, total_ed, total_ee, inner, outer, HAS_SOFTCAP, HAS_STATS
@@ -223,8 +222,8 @@ def _token_logprobs_bwd_kernel(
     out += row * out_row_stride
     # Split where `out` has its boundaries: narrow loads of a line that another load brought come from the L1 cache,
     # narrow stores would each go on to L2.
-    lead, body = _split(out, V, HAS_EDGES)
-    body_out = _on_boundary(out + lead)
+    lead, body = split(out, V, HAS_EDGES)
+    body_out = on_boundary(out + lead)
     label = tl.load(labels + row)
     if label == ignore_index:
         zeros = tl.zeros((BLOCK_V,), out.dtype.element_ty)
@@ -232,7 +231,7 @@ def _token_logprobs_bwd_kernel(
             columns = start + tl.arange(0, BLOCK_V)
             tl.store(body_out + columns, zeros, mask=columns < body)
         if HAS_EDGES:
-            columns, inside = _edges(out, lead, body, V)
+            columns, inside = edges(out, lead, body, V)
             tl.store(out + columns, 0.0, mask=inside)
         return
 
@@ -244,7 +243,7 @@ def _token_logprobs_bwd_kernel(
     share = grad * tl.exp(-tl.load(norms + n_rows + row))  # grad / S
     body_x = logits + lead
     if ALIGNED_ALIKE:
-        body_x = _on_boundary(body_x)
+        body_x = on_boundary(body_x)
     for start in range(0, body, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         inside = columns < body
@@ -252,20 +251,20 @@ def _token_logprobs_bwd_kernel(
         dx = _gradient(x, columns == label - lead, m, grad, share, inner, outer, HAS_SOFTCAP)
         tl.store(body_out + columns, dx.to(out.dtype.element_ty), mask=inside)
     if HAS_EDGES:
-        columns, inside = _edges(out, lead, body, V)
+        columns, inside = edges(out, lead, body, V)
         x = tl.load(logits + columns, mask=inside, other=0.0)
         dx = _gradient(x, columns == label, m, grad, share, inner, outer, HAS_SOFTCAP)
         tl.store(out + columns, dx.to(out.dtype.element_ty), mask=inside)
 
 
-def _factors(temperature: float, softcap: float | None, logit_scale: float) -> tuple[float, float]:
+def factors(temperature: float, softcap: float | None, logit_scale: float) -> tuple[float, float]:
     """(inner, outer) such that z = outer * tanh(inner * x); without softcap z = outer * x and inner is unused."""
     if softcap is None:
         return 1.0, logit_scale / temperature
     return logit_scale / softcap, softcap / temperature
 
 
-def _has_edges(x: Tensor) -> bool:
+def has_edges(x: Tensor) -> bool:
     """Whether a row of x (N, V) may begin or end within a 16-byte vector."""
     row_stride, v = x.stride(0) * x.element_size(), x.shape[1] * x.element_size()
     return x.data_ptr() % 16 != 0 or row_stride % 16 != 0 or v % 16 != 0
@@ -276,7 +275,7 @@ def _aligned_alike(x: Tensor, y: Tensor) -> bool:
     return (x.data_ptr() - y.data_ptr()) % 16 == 0 and (x.stride(0) - y.stride(0)) * x.element_size() % 16 == 0
 
 
-def _block(v: int, largest: int) -> int:
+def block(v: int, largest: int) -> int:
     """Columns of a block. Each power of two is a kernel of its own; below 1024 a thread has not one vector of bf16."""
     return min(largest, max(1024, triton.next_power_of_2(v)))
 
@@ -306,7 +305,7 @@ def token_logprobs_fwd(
     norms = torch.empty(2, n, dtype=torch.float32, device=logits.device)
     statistics = torch.empty(4, n, dtype=torch.float32, device=logits.device) if stats else None
     if n > 0:
-        inner, outer = _factors(temperature, softcap, logit_scale)
+        inner, outer = factors(temperature, softcap, logit_scale)
         with torch.cuda.device_of(logits):  # Triton launches on the current device; a no-op for CPU tensors
             _token_logprobs_fwd_kernel[(n,)](
                 logits,
@@ -322,14 +321,14 @@ def token_logprobs_fwd(
                 outer,
                 HAS_SOFTCAP=softcap is not None,
                 HAS_STATS=stats,
-                HAS_EDGES=_has_edges(logits),
-                BLOCK_V=_block(v, FORWARD_BLOCK),
+                HAS_EDGES=has_edges(logits),
+                BLOCK_V=block(v, FORWARD_BLOCK),
                 num_warps=NUM_WARPS,
             )
     return logps, norms, statistics
 
 
-def _launch_bwd(
+def launch_bwd(
     logits: Tensor, labels: Tensor, norms: Tensor, grad_logps: Tensor | None, out: Tensor, *, ignore_index: int,
     temperature: float, softcap: float | None, logit_scale: float,
 ) -> None:  # fmt: skip
@@ -339,7 +338,7 @@ def _launch_bwd(
     assert out.shape == logits.shape and out.dtype == logits.dtype
     assert labels.shape == (n,) and norms.shape == (2, n)
     if n > 0:
-        inner, outer = _factors(temperature, softcap, logit_scale)
+        inner, outer = factors(temperature, softcap, logit_scale)
         with torch.cuda.device_of(logits):
             _token_logprobs_bwd_kernel[(n,)](
                 logits,
@@ -355,9 +354,9 @@ def _launch_bwd(
                 inner,
                 outer,
                 HAS_SOFTCAP=softcap is not None,
-                HAS_EDGES=_has_edges(out),
+                HAS_EDGES=has_edges(out),
                 ALIGNED_ALIKE=_aligned_alike(logits, out),
-                BLOCK_V=_block(v, BACKWARD_BLOCK),
+                BLOCK_V=block(v, BACKWARD_BLOCK),
                 num_warps=NUM_WARPS,
             )
 
@@ -381,30 +380,8 @@ def token_logprobs_bwd(
     gives NaN.
     """
     assert grad_logps.shape == labels.shape
-    _launch_bwd(
+    launch_bwd(
         logits, labels, norms, grad_logps.float().contiguous(), out,
         ignore_index=ignore_index, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
     return out
-
-
-def token_logprobs_fwd_grad(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    stats: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """logps (N,) and stats of `token_logprobs_fwd`; logits are overwritten by d logp / dx = (onehot - p) * dz/dx.
-
-    logits (N, V) as in the forward; zeros in ignored rows, which are not read, NaN where the label is outside [0, V).
-    """
-    options: dict[str, Any] = {
-        "ignore_index": ignore_index, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale
-    }  # fmt: skip
-    logps, norms, statistics = token_logprobs_fwd(logits, labels, stats=stats, **options)
-    _launch_bwd(logits, labels, norms, None, logits, **options)
-    return logps, statistics

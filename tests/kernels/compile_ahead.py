@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
-from fastdpo_kernels import token_logprobs
+from fastdpo_kernels import token_logprobs, token_logprobs_grad
 
 # (V, row stride, elements before the first row) of logits without edges, and with edges: rows that begin or end inside
 # a 16-byte vector. One kernel serves all shapes of a kind.
@@ -74,9 +74,9 @@ def rows_of(n: int, v: int, stride: int, offset: int, dtype: torch.dtype) -> Ten
 def launch(
     shape: tuple[int, int, int], dtype: torch.dtype, gradient: str, stats: bool, softcap: float | None
 ) -> dict[str, Any]:
-    """The kernels, forward and backward, that the launchers start for logits of this shape on the active driver.
+    """The kernels that the launchers start for logits of this shape on the active driver.
 
-    `gradient`: "in place", into "other rows" that are aligned differently, or of "ones", by `token_logprobs_fwd_grad`.
+    `gradient`: "in place", into "other rows" that are aligned differently, or in "one pass" with the forward.
     """
     v, stride, offset = shape
     n = 2 + v % 5
@@ -86,15 +86,20 @@ def launch(
     options: dict[str, Any] = {"softcap": softcap, "ignore_index": -v}
     forward = CompileOnly(token_logprobs._token_logprobs_fwd_kernel)
     backward = CompileOnly(token_logprobs._token_logprobs_bwd_kernel)
-    with mock.patch.multiple(token_logprobs, _token_logprobs_fwd_kernel=forward, _token_logprobs_bwd_kernel=backward):
-        if gradient == "ones":
-            token_logprobs.token_logprobs_fwd_grad(logits, labels, stats=stats, **options)
+    one_pass = CompileOnly(token_logprobs_grad._token_logprobs_fwd_grad_kernel)
+    with (
+        mock.patch.multiple(token_logprobs, _token_logprobs_fwd_kernel=forward, _token_logprobs_bwd_kernel=backward),
+        mock.patch.multiple(token_logprobs_grad, _token_logprobs_fwd_grad_kernel=one_pass),
+    ):
+        if gradient == "one pass":
+            token_logprobs_grad.token_logprobs_fwd_grad(logits, labels, stats=stats, **options)
         else:
             token_logprobs.token_logprobs_fwd(logits, labels, stats=stats, **options)
             out = logits if gradient == "in place" else rows_of(n, v, stride + 1, offset, dtype)
             norms = torch.zeros(2, n)
             token_logprobs.token_logprobs_bwd(logits, labels, norms, floats, out=out, **options)
-    return {"forward": forward.compiled, "backward": backward.compiled}
+    kernels = {"forward": forward.compiled, "backward": backward.compiled, "one pass": one_pass.compiled}
+    return {name: compiled for name, compiled in kernels.items() if compiled is not None}
 
 
 def variants(essential: bool) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -102,16 +107,17 @@ def variants(essential: bool) -> Iterator[tuple[dict[str, Any], Any]]:
     for edges, dtype, softcap in itertools.product(SHAPES, (torch.bfloat16, torch.float32), (None, 30.0)):
         if essential and (dtype, softcap) != (torch.bfloat16, 30.0):
             continue
-        cases = [(True, "in place")]
+        cases = [(True, "in place"), (True, "one pass")]
         if dtype == torch.bfloat16:
-            cases += [(True, "other rows")] * edges + [(True, "ones")] * (not essential)
+            cases += [(True, "other rows")] * edges
         if not essential:
-            cases += [(False, "in place")]
+            cases += [(False, "in place"), (False, "one pass")]
         name = f"{str(dtype).removeprefix('torch.')}{' softcap' * (softcap is not None)}{' edges' * edges}"
         seen: set[int] = set()
         for stats, gradient in cases:
             launches = [launch(shape, dtype, gradient, stats, softcap) for shape in SHAPES[edges]]
-            for kernel, detail in (("forward", " stats" * stats), ("backward", f" {gradient}")):
+            for kernel in launches[0]:
+                detail = f" {gradient}" if kernel == "backward" else " stats" * stats
                 ids = {id(kernels[kernel]) for kernels in launches}
                 if not ids <= seen:
                     what = {"kernel": kernel, "variant": name + detail, "kernels": len(ids)}
