@@ -9,6 +9,7 @@ A summary is written after every part, with the tests that failed; exit code 1 w
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -31,10 +32,12 @@ def parts(kind: str, results: str) -> dict[str, tuple[list[str], int]]:
     """name -> (command, seconds allowed); together under nine minutes."""
     # A failing test does not end its part: one run should tell as much as it can.
     pytest = ["-m", "pytest", "-q", "--tb=short", "--maxfail=40", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None:
+        pytest += ["-n", "4"]  # most of the time goes into compiling kernels, on the host
     if kind == "test":
         return {
-            "kernels": ([*pytest, "tests/kernels"], 240),
-            "ops": ([*pytest, "tests/ops", "tests/test_functional.py"], 120),
+            "kernels": ([*pytest, "tests/kernels"], 220),
+            "ops": ([*pytest, "tests/ops", "tests/test_functional.py"], 160),
             "attention and models": ([*pytest, "tests/attention", "tests/test_models.py"], 120),
         }
     return {

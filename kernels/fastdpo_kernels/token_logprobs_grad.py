@@ -34,7 +34,11 @@ from fastdpo_kernels.token_logprobs import (
     transform,
 )
 
-# exp(16) V^2 is far from the largest float32 for any V, and 1 / (exp(16) V) times a gradient far from the smallest.
+# A block as in the backward, not measured, for no GPU has run it yet: of 2048 columns a thread holds 16, at 40 to 71
+# registers (sm_90). With 4096 it took 60 to 139, and several variants spilled.
+
+# The largest sum, that of e^2, is at most exp(2 LIMIT) V, far from the largest float32; and the factor of a row is at
+# least exp(-LIMIT) / V, so that a gradient times it is far from the smallest.
 LIMIT = tl.constexpr(16.0)
 
 
