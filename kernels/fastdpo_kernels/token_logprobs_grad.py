@@ -8,8 +8,9 @@ With z, m and S as in `token_logprobs`, any anchor a in place of m, and q of the
 
 q can be written over x as the row is read, before T is known: what it lacks is a factor of the whole row, which whoever
 multiplies q applies to the other, small operand. The anchor is the maximum of the first block. Where a later one rises
-above it by more than LIMIT, what is written so far is made smaller and the anchor moves: few rows do, and rarely twice.
-A forward and a backward kernel would read the row twice.
+above it by more than LIMIT, what is written so far is made smaller and the anchor moves. (Of 2,048 rows of English text
+in SmolLM2-135M none rises above its first block's maximum by more than 10.2.) A forward and a backward kernel would
+read the row twice.
 """
 
 from typing import Any
