@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fastdpo.models import causal_lm, completion_logps, evaluating
-from fastdpo.packing import Group, PreferenceCollator
+from fastdpo.packing import PreferenceCollator
 
 PAIRS_PER_PASS = 8
 
@@ -49,10 +49,10 @@ def measure_preference(
         starts = range(0, len(rows), PAIRS_PER_PASS)
         for start in tqdm(starts, desc=description, unit="batch", disable=not progress, leave=False):
             pairs = [collator.sequences(row) for row in rows[start : start + PAIRS_PER_PASS]]
-            groups = [Group(chosen[0], (chosen[1], rejected[1])) for chosen, rejected in pairs]
+            sequences = [sequence for pair in pairs for sequence in pair]
             scores = [
                 float(logps.mean() if normalize else logps.sum())
-                for logps in completion_logps(model, groups, packing=packing)
+                for logps in completion_logps(model, sequences, packing=packing)
             ]
             margins += [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
     accuracy = sum(margin > 0 for margin in margins) / max(1, len(margins))

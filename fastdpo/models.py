@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdpo.attention import count_packed_layers, packed_forward
+from fastdpo.attention import packed_forward
 from fastdpo.functional import linear_loss, linear_token_logps
-from fastdpo.packing import Group, PreferenceBatch, PreferenceCollator, pack, pad
+from fastdpo.packing import PreferenceBatch, pack, pad
 from fastdpo.types import LossOutput, UserError
 
 
@@ -74,24 +75,76 @@ def lm_head(model: Any) -> LMHead:
 
 def target_hidden_states(model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto") -> Tensor:
     """(N, D): the hidden states that predict the batch's targets. `model` as `causal_lm` returns it."""
+    return _backbone(model, batch, attention_backend)[0]
+
+
+def _backbone(model: Any, batch: PreferenceBatch, attention_backend: str, **options: Any) -> tuple[Tensor, Any]:
+    """The targets' hidden states, and all that the backbone returned."""
     backbone = model.base_model
     if backbone is model:
         raise ValueError(f"{type(model).__name__} does not tell its backbone apart from its head (base_model_prefix).")
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    _check_lengths(model, batch)
+    inputs = options | {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if batch.packing == "padded":
-        hidden = backbone(**inputs, attention_mask=batch.attention_mask)[0]
+        output = backbone(**inputs, attention_mask=batch.attention_mask)
     else:
+        if batch.get("attention_mask") is not None:
+            raise ValueError("a packed batch takes no attention_mask: its layout says what each token sees.")
+        # The mask without padding keeps transformers from guessing at sequences by the positions, and from waiting for
+        # the device to do so.
+        mask = torch.ones_like(batch.input_ids, dtype=torch.bool)
+        packed = {"packed_layout": batch.layout, "attention_backend": attention_backend}
         with packed_forward(model):
-            hidden = backbone(**inputs, packed_layout=batch.layout, attention_backend=attention_backend)[0]
-    return hidden.reshape(-1, hidden.shape[-1])[batch.target_rows]
+            output = backbone(**inputs, attention_mask=mask, **packed)
+    hidden = output[0]
+    return hidden.reshape(-1, hidden.shape[-1])[batch.target_rows], output
+
+
+@dataclass(frozen=True)
+class PositionLimit:
+    """No sequence may be longer than `tokens`; `why` completes "the model has ..."."""
+
+    tokens: int
+    why: str
+
+
+def position_limit(model: Any) -> PositionLimit | None:
+    """How long a sequence may be for a causal LM (as `causal_lm` returns it) to give it what it has alone."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    limits = [] if positions is None else [PositionLimit(int(positions), f"{positions} positions")]
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for each in [rotary, *(value for value in rotary.values() if isinstance(value, dict))]:  # one, or one a layer type
+        kind = each.get("rope_type", "default")
+        if kind not in ("dynamic", "longrope"):
+            continue
+        trained = each.get("original_max_position_embeddings") if kind == "longrope" else positions
+        trained = trained or getattr(config, "original_max_position_embeddings", None)
+        if trained is not None:
+            why = f"rotary positions ({kind}) that beyond {trained} tokens change for all sequences of a batch"
+            limits.append(PositionLimit(int(trained), why))
+    return min(limits, key=lambda limit: limit.tokens, default=None)
+
+
+def _check_lengths(model: Any, batch: PreferenceBatch) -> None:
+    longest = batch.input_ids.shape[1] if batch.packing == "padded" else batch.layout.max_seqlen_k
+    limit = position_limit(model)
+    if limit is not None and longest > limit.tokens:
+        raise UserError(
+            f"the batch holds a sequence of {longest} tokens, and {type(model).__name__} has {limit.why}; "
+            f"cut sequences to max_length={limit.tokens}."
+        )
+
+
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 def completion_logps(
-    model: Any, groups: Sequence[Group], *, packing: str = "prefix", attention_backend: str = "auto"
+    model: Any, sequences: Sequences, *, packing: str = "prefix", attention_backend: str = "auto"
 ) -> list[Tensor]:
-    """Per-token log-probs of every completion, one CPU tensor each, group by group; forward only."""
+    """Per-token log-probs of the completion of every (prompt, completion), one CPU tensor each; forward only."""
     inner = causal_lm(model)
-    batch, sizes = _scoring_batch(groups, packing)
+    batch, sizes = _scoring_batch(sequences, packing)
     with torch.no_grad():
         batch = batch.to(inner.get_output_embeddings().weight.device)
         hidden = target_hidden_states(inner, batch, attention_backend=attention_backend)
@@ -100,10 +153,10 @@ def completion_logps(
     return list(logps.cpu().split(sizes))
 
 
-def _scoring_batch(groups: Sequence[Group], packing: str) -> tuple[PreferenceBatch, list[int]]:
+def _scoring_batch(sequences: Sequences, packing: str) -> tuple[PreferenceBatch, Sequence[int]]:
     """What `target_hidden_states` needs of a batch, and how many targets each completion has."""
     if packing == "padded":
-        padded = pad([(group.prompt, completion) for group in groups for completion in group.completions])
+        padded = pad(sequences)
         rows = torch.cat(padded.target_rows)
         batch = PreferenceBatch(
             packing=packing,
@@ -114,7 +167,7 @@ def _scoring_batch(groups: Sequence[Group], packing: str) -> tuple[PreferenceBat
             target_ids=padded.targets(rows),
         )
         return batch, [len(rows) for rows in padded.target_rows]
-    packed = pack(groups, share=packing == "prefix")
+    packed = pack(sequences, share=packing == "prefix")
     batch = PreferenceBatch(
         packing=packing,
         input_ids=packed.input_ids,
@@ -123,8 +176,7 @@ def _scoring_batch(groups: Sequence[Group], packing: str) -> tuple[PreferenceBat
         target_rows=packed.target_rows,
         target_ids=packed.target_ids,
     )
-    count = sum(len(group.completions) for group in groups)
-    return batch, torch.bincount(packed.completion_ids, minlength=count).tolist()
+    return batch, packed.target_counts
 
 
 def sequence_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto") -> Tensor:
@@ -150,6 +202,7 @@ def batch_loss(
     ref_logps: Tensor | None = None,
     *,
     attention_backend: str = "auto",
+    router_aux_loss_coef: float = 0.0,
     **options: Any,
 ) -> LossOutput:
     """The preference loss of a batch from PreferenceCollator: backbone once, completion tokens through `linear_loss`.
@@ -158,12 +211,15 @@ def batch_loss(
         model: a transformers causal language model, plain or with PEFT adapters.
         batch: on the model's device (`batch.to(device)`).
         ref_logps: (2B,), chosen first; default: those that the batch carries.
+        router_aux_loss_coef: of a mixture of experts: `loss` then holds that many times its load-balancing loss, and
+            `aux_loss` the balancing loss itself, in which every token that the backbone ran counts once, padding never.
         options: of `linear_loss`: beta, loss_type, label_smoothing, reduction, memory_budget, ...
     """
     inner = causal_lm(model)
-    hidden = target_hidden_states(inner, batch, attention_backend=attention_backend)
+    router = {"output_router_logits": True} if router_aux_loss_coef else {}
+    hidden, backbone_output = _backbone(inner, batch, attention_backend, **router)
     head = lm_head(inner)
-    return linear_loss(
+    output = linear_loss(
         hidden,
         head.weight,
         batch.target_ids,
@@ -173,70 +229,36 @@ def batch_loss(
         **head.kwargs(),
         **options,
     )
+    if not router_aux_loss_coef:
+        return output
+    aux_loss = _load_balancing_loss(inner, backbone_output.router_logits, batch)
+    weight = batch.num_pairs if options.get("reduction") == "sum" else 1  # as much a pair, however the batch is reduced
+    return replace(output, loss=output.loss + router_aux_loss_coef * weight * aux_loss, aux_loss=aux_loss.detach())
 
 
-# How far a packed log-prob may lie from the model's own, in nats a token, by the dtype of the arithmetic.
-_VERIFY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+def is_mixture_of_experts(model: Any) -> bool:
+    """Whether a causal LM (as `causal_lm` returns it) has a load-balancing loss over its routers."""
+    return (
+        hasattr(model.config.get_text_config(), "output_router_logits") and _balancing_loss_function(model) is not None
+    )
 
 
-def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto") -> None:
-    """Compares two small random pairs, run as `packing` says, with the model's own logits, sequence by sequence.
-
-    Raises:
-        UserError: the model does not run this way, or its log-probs differ: packed attention, positions, or the head's
-            scale and softcap are not what this architecture does.
-    """
-    inner = causal_lm(model)
-    device = inner.get_output_embeddings().weight.device
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = inner.get_output_embeddings().weight.shape[0]
-
-    def draw(count: int) -> list[int]:
-        return torch.randint(vocabulary, (count,), generator=generator).tolist()
-
-    rows = [
-        {"prompt_ids": draw(p), "chosen_ids": draw(c), "rejected_ids": draw(r)} for p, c, r in ((7, 5, 3), (4, 2, 6))
-    ]
-    sequences = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
-    starts = [len(row["prompt_ids"]) for row in rows] * 2
-    attention = inner.config._attn_implementation
-    try:
-        with evaluating(model), torch.no_grad():
-            theirs = []
-            for ids, start in zip(sequences, starts, strict=True):
-                tokens = torch.tensor([ids], device=device)
-                logits = inner(input_ids=tokens, use_cache=False).logits[0, start - 1 : -1]
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                theirs.append(logits.log_softmax(-1).gather(1, tokens[0, start:, None]).sum().cpu())
-            batch = PreferenceCollator(packing=packing)(rows).to(device)
-            try:
-                with count_packed_layers() as layers:
-                    ours = sequence_logps(model, batch, attention_backend=attention_backend).cpu()
-            except (TypeError, ValueError) as error:
-                raise UserError(f"packing={packing!r} does not run on {type(inner).__name__}: {error}") from error
-        wanted = 0 if packing == "padded" else inner.config.get_text_config().num_hidden_layers
-        if len(layers) < wanted:
-            raise UserError(
-                f"packing={packing!r} cannot serve {type(inner).__name__}: only {len(layers)} of its {wanted} layers "
-                "run attention through transformers' attention interface; the others (recurrent, linear or "
-                "hand-written attention) would mix the packed sequences. Use packing='padded', or packing='auto'."
-            )
-        _check_equal(ours, torch.stack(theirs), sequences, starts, inner, packing)
-    except ValueError:
-        if inner.config._attn_implementation != attention:
-            inner.set_attn_implementation(attention)
-        raise
+def _balancing_loss_function(model: Any) -> Any:
+    return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
 
 
-def _check_equal(
-    ours: Tensor, theirs: Tensor, sequences: list[list[int]], starts: list[int], inner: Any, packing: str
-) -> None:
-    kind = inner.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inner.dtype
-    lengths = torch.tensor([len(ids) - start for ids, start in zip(sequences, starts, strict=True)])
-    error = ((ours - theirs).abs() / lengths).max().item()
-    if not error <= _VERIFY_TOLERANCE.get(dtype, 1e-4):
-        raise UserError(
-            f"packing={packing!r} does not give the log-probs of {type(inner).__name__}: off by {error:.2g} nats a "
-            "token on a small test batch. Use packing='padded', or packing='auto' to have it chosen."
+def _load_balancing_loss(model: Any, router_logits: Any, batch: PreferenceBatch) -> Tensor:
+    """The model's own load-balancing loss over the tokens of the batch."""
+    config = model.config.get_text_config()
+
+    def known(*names: str) -> int:
+        return next(
+            getattr(each, name) for each in (model, config) for name in names if getattr(each, name, None) is not None
         )
+
+    return _balancing_loss_function(model)(
+        router_logits,
+        known("num_experts", "num_local_experts", "n_routed_experts"),
+        known("num_experts_per_tok", "top_k"),
+        batch.get("attention_mask"),
+    )

@@ -61,6 +61,7 @@ class LossOutput:
     chosen_rewards    (B,) beta * (logp - ref_logp), the implicit reward
     rejected_rewards  (B,)
     tokens            means over tokens, where they were asked for
+    aux_loss          the load-balancing loss of a mixture of experts, where `loss` holds it
     """
 
     loss: Tensor
@@ -70,6 +71,7 @@ class LossOutput:
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     tokens: TokenMetrics | None = None
+    aux_loss: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:
         """Batch means under the names that trainers log; 0-d tensors on the device, so that nothing waits for it."""
@@ -87,6 +89,8 @@ class LossOutput:
             values["logits/rejected"] = self.tokens.rejected_logits
             values["entropy"] = self.tokens.entropy
             values["mean_token_accuracy"] = self.tokens.mean_token_accuracy
+        if self.aux_loss is not None:
+            values["aux_loss"] = self.aux_loss
         return values
 
 

@@ -7,9 +7,10 @@ import torch
 from tiny import naive_sequence_logps, random_rows, tiny_model
 
 import fastdpo
-from fastdpo.models import causal_lm, completion_logps, verify_packing
-from fastdpo.packing import Group, PreferenceCollator
+from fastdpo.models import causal_lm, completion_logps
+from fastdpo.packing import PreferenceCollator
 from fastdpo.types import UserError
+from fastdpo.verify import verify_packing
 
 PACKINGS = ["prefix", "varlen", "padded"]
 
@@ -104,10 +105,11 @@ def test_edges_of_length(packing):
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_completion_logps_of_many_completions(packing):
     model = tiny_model(dtype=torch.float64)
-    groups = [Group([3, 4, 5], [[6, 7], [8], [9, 10, 11]]), Group([12], [[13, 14]])]
-    scored = completion_logps(model, groups, packing=packing)
+    one, two = [3, 4, 5], [12]
+    sequences = [(one, [6, 7]), (one, [8]), (one, [9, 10, 11]), (two, [13, 14])]
+    scored = completion_logps(model, sequences, packing=packing)
     assert [len(values) for values in scored] == [2, 1, 3, 2]
-    rows = [{"prompt_ids": g.prompt, "chosen_ids": c, "rejected_ids": c} for g in groups for c in g.completions]
+    rows = [{"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": ids} for prompt, ids in sequences]
     exact = naive_sequence_logps(model, rows)[:4]
     torch.testing.assert_close(torch.stack([values.sum() for values in scored]), exact, rtol=1e-10, atol=1e-10)
 

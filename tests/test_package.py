@@ -20,7 +20,7 @@ ORDER = [
     {"attention"},
     {"functional"},
     {"models"},
-    {"reference", "evaluation"},
+    {"reference", "evaluation", "verify"},
     {"trainer"},
     {"report", "progress", "demo"},
     {"run"},

@@ -2,7 +2,7 @@
 
 `packed_forward` runs a model with the attention "fastdpo". Where the keyword `packed_layout` reaches an attention
 layer, that layer runs packed; a model that drops it on the way gives unpacked attention, whose results differ, which
-`fastdpo.models.verify_packing` detects. Without the keyword, "fastdpo" is transformers' own SDPA attention, so a model
+`fastdpo.verify` detects. Without the keyword, "fastdpo" is transformers' own SDPA attention, so a model
 that keeps the name still generates and evaluates as before.
 """
 
@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.attention.contract import Needs
+from fastdpo.attention.masks import WindowMask, recognize
+from fastdpo.attention.sdpa import causal_mask, open_attention
 from fastdpo.attention.select import select_backend
 from fastdpo.packing.layout import PackedLayout
 
 ATTENTION_NAME = "fastdpo"
 # Masks are built once, at the top of a model's forward, by a function that sees none of the keyword arguments.
 _packed = contextvars.ContextVar("fastdpo_packed", default=False)
-_seen_layers: contextvars.ContextVar[set[int] | None] = contextvars.ContextVar("fastdpo_seen_layers", default=None)
+_seen_layers: set[int] | None = None  # read in compiled layers, where a context variable could not be
 
 
 @lru_cache(None)
@@ -36,9 +39,9 @@ def register() -> None:
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Any:
-    """No mask in a packed forward, where the layout says what is seen; else that of SDPA."""
+    """In a packed forward, what the mask says beside what the layout does (None or a WindowMask); else that of SDPA."""
     if _packed.get():
-        return None
+        return recognize(kwargs["mask_function"], kwargs.get("local_size"))
     from transformers.masking_utils import sdpa_mask
 
     return sdpa_mask(*args, **kwargs)
@@ -49,40 +52,69 @@ def attention_forward(
     query: Tensor,  # (1, H, T, d)
     key: Tensor,  # (1, H_kv, T, d)
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | WindowMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     packed_layout: PackedLayout | None = None,
     attention_backend: str = "auto",
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, as transformers calls it; returns ((1, T, H, d), None)."""
     if packed_layout is None:
+        return _unpacked(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal,
+            position_bias=position_bias, softcap=softcap, s_aux=s_aux, **kwargs,
+        )  # fmt: skip
+    if _seen_layers is not None:
+        _seen_layers.add(id(module))
+    name = type(module).__name__
+    if position_bias is not None:
+        raise ValueError(f"packed attention has no position_bias, which {name} needs; use packing='padded'.")
+    if is_causal is False:
+        raise ValueError(f"packed attention is causal, and {name} is not; use packing='padded'.")
+    if attention_mask is not None and not isinstance(attention_mask, WindowMask):
+        raise ValueError("packed attention takes no attention_mask: the layout says what each token sees.")
+    window = None if attention_mask is None else attention_mask.window
+    if sliding_window is not None and sliding_window != window:
+        raise ValueError(f"{name} has a sliding window of {sliding_window}, and its mask says {window or 'none'}.")
+    dtype = value.dtype
+    if torch.is_autocast_enabled(value.device.type):  # variable-length kernels are no autocast operations
+        dtype = torch.get_autocast_dtype(value.device.type)
+    query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))  # (T, H, d)
+    needs = Needs(
+        device=query.device.type, dtype=dtype, head_dim=query.shape[-1], softcap=softcap is not None,
+        sinks=s_aux is not None, dropout=dropout > 0, window=window is not None,
+    )  # fmt: skip
+    out = select_backend(attention_backend, needs).attend(
+        query, key, value, packed_layout, scale=scaling, window=window, softcap=softcap, sinks=s_aux, dropout=dropout
+    )
+    return out.unsqueeze(0), None
+
+
+def _unpacked(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    softcap: float | None, s_aux: Tensor | None, scaling: float | None, dropout: float, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """SDPA of transformers, for generation and padded batches; softcap and sinks, which it lacks, in the open."""
+    if softcap is None and s_aux is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    seen = _seen_layers.get()
-    if seen is not None:
-        seen.add(id(module))
-    for option in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(option) is not None:
-            raise ValueError(
-                f"packed attention has no {option}, which {type(module).__name__} needs; use packing='padded'."
-            )
-    if attention_mask is not None:
-        raise ValueError("packed attention takes no attention_mask: the layout says what each token sees.")
-    dtype = value.dtype
-    if torch.is_autocast_enabled(value.device.type):  # variable-length kernels are no autocast operations
-        dtype = torch.get_autocast_dtype(value.device.type)
-    query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))  # (T, H, d)
-    if packed_layout.kv_index is not None:
-        key, value = key.index_select(0, packed_layout.kv_index), value.index_select(0, packed_layout.kv_index)
-    backend = select_backend(attention_backend, query.device, query.dtype)
-    out = backend.attend(query, key, value, packed_layout, scale=scaling, window=sliding_window, dropout=dropout)
-    return out.unsqueeze(0), None
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if attention_mask is None:  # that of SDPA leaves plain causality out
+        attention_mask = causal_mask(query.shape[2], key.shape[2], None, query.device)
+    out = open_attention(
+        query, key, value, attention_mask, scale=scaling, softcap=softcap, sinks=s_aux, dropout=dropout
+    )
+    return out.transpose(1, 2).contiguous(), None
 
 
 @contextmanager
@@ -104,9 +136,9 @@ def packed_forward(model: Any) -> Iterator[None]:
 @contextmanager
 def count_packed_layers() -> Iterator[set[int]]:
     """Collects the attention layers that run packed within it."""
-    layers: set[int] = set()
-    token = _seen_layers.set(layers)
+    global _seen_layers
+    before, _seen_layers = _seen_layers, set()
     try:
-        yield layers
+        yield _seen_layers
     finally:
-        _seen_layers.reset(token)
+        _seen_layers = before

@@ -1,64 +1,25 @@
-"""Which attention backend serves a device and a dtype."""
+"""Which attention backend serves a call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from fastdpo.attention import flash, flex, sdpa
+from fastdpo.attention.contract import Backend, Needs
 
-import torch
-from torch import Tensor
-
-from fastdpo.attention import flash, sdpa
+BACKENDS = {backend.name: backend for backend in (flash.FLASH_ATTN, flash.TORCH_VARLEN, flex.FLEX, sdpa.SDPA)}
 
 
-@dataclass(frozen=True)
-class Backend:
-    """attend(query (T, H, d), key, value (K, H_kv, d), layout, *, scale, window, dropout) -> (T, H, d)"""
+def select_backend(name: str, needs: Needs) -> Backend:
+    """The named backend, or for "auto" the first that serves of `BACKENDS`; FlexAttention only for softcap and sinks.
 
-    name: str
-    attend: Callable[..., Tensor]
-    half_on_gpu_only: bool
-    installed: Callable[[], bool]
-    remedy: str = ""
-
-    def lacks(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot serve, or None."""
-        if self.half_on_gpu_only and device.type != "cuda":
-            return f"runs on GPUs only, and the model is on {device}"
-        if self.half_on_gpu_only and dtype not in (torch.float16, torch.bfloat16):
-            return f"takes float16 and bfloat16 only, and the attention runs in {dtype}"
-        return None if self.installed() else f"is not there; {self.remedy}"
-
-
-BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend(
-            "flash_attn",
-            flash.attend_flash_attn,
-            True,
-            lambda: flash.flash_attn_function() is not None,
-            "pip install flash-attn",
-        ),
-        Backend(
-            "torch_varlen",
-            flash.attend_torch_varlen,
-            True,
-            lambda: flash.torch_varlen_function() is not None,
-            "it comes with torch 2.10 and later",
-        ),
-        Backend("sdpa", sdpa.attend, False, lambda: True),
-    )
-}
-
-
-def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The named backend, or for "auto" the first of `BACKENDS` that can serve."""
+    Raises:
+        ValueError: the named one is unknown, not installed, or cannot do what is needed; it says what to install.
+    """
     if name == "auto":
-        return next(backend for backend in BACKENDS.values() if backend.lacks(device, dtype) is None)
+        names = (each for each in BACKENDS if each != "flex" or needs.softcap or needs.sinks)
+        return next(BACKENDS[each] for each in names if BACKENDS[each].lacks(needs) is None)
     if name not in BACKENDS:
         raise ValueError(f"attention backend {name!r} is unknown; known are: auto, {', '.join(BACKENDS)}.")
-    why_not = BACKENDS[name].lacks(device, dtype)
+    why_not = BACKENDS[name].lacks(needs)
     if why_not is not None:
         raise ValueError(f"attention backend {name!r} {why_not}; or choose 'auto'.")
     return BACKENDS[name]

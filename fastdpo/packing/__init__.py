@@ -2,7 +2,17 @@
 
 from fastdpo.packing.batch import PreferenceBatch
 from fastdpo.packing.collator import PACKINGS, PreferenceCollator
-from fastdpo.packing.layout import Group, PackedLayout, PackedRow, pack
+from fastdpo.packing.layout import PackedLayout, PackedRow, pack
+from fastdpo.packing.microbatch import MicroBatches
 from fastdpo.packing.padding import pad
 
-__all__ = ["PACKINGS", "Group", "PackedLayout", "PackedRow", "PreferenceBatch", "PreferenceCollator", "pack", "pad"]
+__all__ = [
+    "PACKINGS",
+    "MicroBatches",
+    "PackedLayout",
+    "PackedRow",
+    "PreferenceBatch",
+    "PreferenceCollator",
+    "pack",
+    "pad",
+]

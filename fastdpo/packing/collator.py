@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from fastdpo.packing.batch import PreferenceBatch
-from fastdpo.packing.layout import Group, pack
+from fastdpo.packing.layout import pack
+from fastdpo.packing.microbatch import Cost, MicroBatches, even_cuts, fewest, packed_cost, padded_cost
 from fastdpo.packing.padding import pad
+from fastdpo.packing.tree import KEYS_PER_TOKEN
 
 PACKINGS = ("prefix", "varlen", "padded")
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -27,6 +29,8 @@ class PreferenceCollator:
     truncation_mode  "keep_start" or "keep_end": which end of a longer sequence stays
     pad_token_id     for "padded"; never reaches a result
     pad_to_multiple_of  for "padded"
+    max_tokens_per_microbatch  where given, a batch comes as MicroBatches: cut so that the backbone runs through at most
+                     so many tokens at a time
 
     Rows that carry `ref_chosen_logps` and `ref_rejected_logps` give the batch its `ref_logps`.
     """
@@ -36,6 +40,7 @@ class PreferenceCollator:
     truncation_mode: str = "keep_start"
     pad_token_id: int = 0
     pad_to_multiple_of: int | None = None
+    max_tokens_per_microbatch: int | None = None
 
     def __post_init__(self) -> None:
         if self.packing not in PACKINGS:
@@ -47,8 +52,26 @@ class PreferenceCollator:
             )
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; it must be at least 2, or None for no limit.")
+        if self.max_tokens_per_microbatch is not None and self.max_tokens_per_microbatch < 1:
+            raise ValueError(
+                f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch}; it must be above 0, or None."
+            )
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """A PreferenceBatch, or with `max_tokens_per_microbatch` MicroBatches."""
+        return self.batch(rows) if self.max_tokens_per_microbatch is None else self.microbatches(rows)
+
+    def microbatches(self, rows: Sequence[Mapping[str, Any]], count: int | None = None) -> MicroBatches:
+        """The rows in `count` micro-batches of about the same number of tokens; default: as few as the budget lets."""
+        cost = self._cost([self.sequences(row) for row in rows])
+        if count is None:
+            count = 1 if self.max_tokens_per_microbatch is None else fewest(
+                len(rows), self.max_tokens_per_microbatch, cost
+            )  # fmt: skip
+        cuts = even_cuts(len(rows), count, cost) if rows else [(0, 0)]
+        return MicroBatches(tuple(self.batch(rows[first:end]) for first, end in cuts), rows, self)
+
+    def batch(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         if not rows:
             raise ValueError("the batch holds no row; leave empty batches out.")
         pairs = [self.sequences(row) for row in rows]
@@ -79,17 +102,32 @@ class PreferenceCollator:
         dropped = length - self.max_length
         return prompt[dropped:], completion[max(0, dropped - len(prompt)) :]
 
+    def _cost(self, pairs: list[tuple[PromptCompletion, PromptCompletion]]) -> Cost:
+        """Tokens of a run of these pairs in one forward pass: exact, but for beginnings shared beyond whole prompts."""
+        lengths = [[len(prompt) + len(completion) for prompt, completion in pair] for pair in pairs]
+        if self.packing == "padded":
+            return padded_cost([max(both) for both in lengths], self.pad_to_multiple_of)
+        if self.packing == "varlen":
+            return packed_cost([sum(both) for both in lengths], [0] * len(pairs))
+        prompts = [chosen[0] if len(chosen[0]) == len(rejected[0]) else [] for chosen, rejected in pairs]
+        sizes = [sum(both) - self._saved(prompt, sum(both)) for both, prompt in zip(lengths, prompts, strict=True)]
+        again = [
+            self._saved(prompt, sum(both)) if before is not None and list(before) == list(prompt) else 0
+            for both, before, prompt in zip(lengths, [None, *prompts], prompts, strict=False)
+        ]
+        return packed_cost(sizes, again)
+
+    @staticmethod
+    def _saved(prompt: Sequence[int], gathered: int) -> int:
+        """Tokens of a prompt that its pair need not run again, where sharing them pays (`fastdpo.packing.tree`)."""
+        return len(prompt) if len(prompt) * KEYS_PER_TOKEN >= gathered else 0
+
     def _packed(self, pairs: list[tuple[PromptCompletion, PromptCompletion]]) -> PreferenceBatch:
-        groups = []
-        for (prompt_c, chosen), (prompt_r, rejected) in pairs:
-            if len(prompt_c) == len(prompt_r):  # truncation may have cut the two differently
-                groups.append(Group(prompt_c, (chosen, rejected)))
-            else:
-                groups += [Group(prompt_c, (chosen,)), Group(prompt_r, (rejected,))]
-        packed = pack(groups, share=self.packing == "prefix")
+        sequences = [sequence for pair in pairs for sequence in pair]
+        packed = pack(sequences, share=self.packing == "prefix")
         num_pairs = len(pairs)
-        # Completions are numbered chosen 0, rejected 0, chosen 1, ...; sequences all chosen first, then all rejected.
-        pair_ids, is_rejected = packed.completion_ids // 2, packed.completion_ids % 2
+        # They were packed as chosen 0, rejected 0, chosen 1, ...; a batch numbers all chosen first, then all rejected.
+        pair_ids, is_rejected = packed.sequence_numbers // 2, packed.sequence_numbers % 2
         return PreferenceBatch(
             packing=self.packing,
             input_ids=packed.input_ids,
@@ -98,7 +136,7 @@ class PreferenceCollator:
             target_rows=packed.target_rows,
             target_ids=packed.target_ids,
             sequence_ids=pair_ids + num_pairs * is_rejected,
-            tokens_per_pair=tuple(torch.bincount(pair_ids, minlength=num_pairs).tolist()),
+            tokens_per_pair=tuple(map(sum, zip(packed.target_counts[::2], packed.target_counts[1::2], strict=True))),
             num_tokens=packed.input_ids.shape[1],
             unshared_tokens=packed.unshared_tokens,
         )

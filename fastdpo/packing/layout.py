@@ -1,63 +1,62 @@
 """Where each token stands in a packed row, and which keys it attends to.
 
-A group is a prompt and its completions. With sharing, the row holds the prompt once:
+The sequences of a row are laid out as a tree of their common beginnings, depth first:
 
-    [prompt | completion 0 | completion 1 | ...]      positions of each completion start at len(prompt)
+    [prompt | chosen | rejected]          a pair: the prompt once, both completions behind it
+    [system | prompt a | c | r | prompt b | c | r]          pairs with a common beginning, and so on, at any depth
 
-Queries stay in place. Attention runs over segments: completion 0 continues the prompt's segment, every other
-completion is a segment of its own whose keys are the prompt's followed by its own. So keys and values are gathered,
-the prompt's once for each completion,
+Queries stay in place. Attention runs over segments, one for each leaf: what the leaf's path adds to the leaf before it
+is the segment's queries, its whole path from the root the keys. So the first child continues its parent's segment, and
+keys and values are gathered, a shared token's once for each leaf below it:
 
-    kv_index = [prompt completion_0 | prompt completion_1 | ...]
+    kv_index = [prompt chosen | prompt rejected]
 
-and one call of a variable-length attention kernel, causal and aligned bottom-right, gives every completion exactly the
-attention that it has alone behind its prompt. The last prompt token predicts the first token of every completion: its
-row is named several times in `target_rows`.
+One call of a variable-length attention kernel, causal and aligned bottom-right, then gives every sequence exactly the
+attention that it has alone. Positions are depths in the tree. Without gathering, `subtree_end` says the same: row i
+sees row j where j <= i < subtree_end[j].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Group:
-    """A prompt and the completions to score behind it, as token ids."""
-
-    prompt: Sequence[int]
-    completions: Sequence[Sequence[int]]
+from fastdpo.packing.tree import Node, Tree, build_tree
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: torch.compile would then guard on every field, the host integers too
 class PackedLayout:
-    """The segments of a packed row, as variable-length attention kernels take them.
+    """A packed row of T tokens as attention takes it: S segments, K gathered keys.
 
-    cu_seqlens_q, cu_seqlens_k  (segments + 1,) int32: where each segment's queries, and its gathered keys, begin
-    kv_index                    (keys,) int64: the row of each gathered key; None where that is 0, 1, 2, ...
-    q_lengths, k_lengths        the same lengths as host integers
-    masks                       what a backend derives from the lengths, kept for the other layers of the same forward
+    cu_seqlens_q, cu_seqlens_k  (S + 1,) int32: where each segment's queries, and its gathered keys, begin
+    max_seqlen_q, max_seqlen_k  the longest of them
+    kv_index                    (K,) int64: the row of each gathered key; None where that is 0, 1, 2, ...
+    kv_copies, kv_offsets       (K,), (T + 1,) int64: the gathered keys of row t are kv_copies[kv_offsets[t] :
+                                kv_offsets[t + 1]], the inverse of kv_index; None with it
+    subtree_end                 (T,) int64: the row after the last one that sees this row
+    positions                   (T,) int64: how many keys each row sees, but for itself
+    q_lengths, k_lengths        the segments' lengths as host integers
+    masks                       what a backend derives from these, kept for the other layers of the same forward
     """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
     kv_index: Tensor | None
+    kv_copies: Tensor | None
+    kv_offsets: Tensor | None
+    subtree_end: Tensor
+    positions: Tensor
     q_lengths: tuple[int, ...]
     k_lengths: tuple[int, ...]
     masks: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def max_seqlen_q(self) -> int:
-        return max(self.q_lengths)
-
-    @property
-    def max_seqlen_k(self) -> int:
-        return max(self.k_lengths)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLayout:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -72,82 +71,117 @@ class PackedLayout:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One packed row of T tokens with N targets. Completions are numbered through, group by group."""
+    """One packed row of T tokens with N targets, those of each sequence together, in the order they were given."""
 
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (1, T)
     layout: PackedLayout
     target_rows: Tensor  # (N,) the row whose hidden state predicts the target
     target_ids: Tensor  # (N,) the token to predict
-    completion_ids: Tensor  # (N,) the completion it belongs to
-    unshared_tokens: int  # what the row would hold with every prompt repeated
+    sequence_numbers: Tensor  # (N,) the sequence it belongs to
+    target_counts: tuple[int, ...]  # targets of each sequence
+    unshared_tokens: int  # what the row would hold with nothing shared
 
 
-def pack(groups: Sequence[Group], share: bool = True) -> PackedRow:
-    """Packs all groups into one row; without `share`, the prompt is repeated before each of its completions.
+def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: bool = True) -> PackedRow:
+    """Packs (prompt, completion) sequences of token ids into one row; without `share`, one behind the other.
 
-    A completion behind an empty prompt has no target for its first token: nothing predicts it.
+    Which tokens are shared follows from the tokens alone: every common beginning of two sequences, within the prompt or
+    behind it, that pays (`fastdpo.packing.tree`). A completion behind an empty prompt has no target for its first
+    token: nothing predicts it.
     """
-    ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    keys: list[np.ndarray] = []
-    rows: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    target_counts: list[int] = []
-    q_lengths: list[int] = []
-    k_lengths: list[int] = []
-    end = 0  # rows so far
-    unshared = 0
-    for group in groups:
-        prompt = np.asarray(group.prompt, dtype=np.int64)
-        prompt_start = end
-        for number, completion_ids in enumerate(group.completions):
-            completion = np.asarray(completion_ids, dtype=np.int64)
-            unshared += len(prompt) + len(completion)
-            first_of_prompt = number == 0 or not share
-            if first_of_prompt:
-                prompt_start = end
-                ids.append(prompt)
-                positions.append(np.arange(len(prompt)))
-                end += len(prompt)
-            start = end
-            ids.append(completion)
-            positions.append(np.arange(len(prompt), len(prompt) + len(completion)))
-            end += len(completion)
-            own_rows = np.arange(start, end)
-            prompt_rows = np.arange(prompt_start, prompt_start + len(prompt))
-            predictors = np.concatenate([prompt_rows[-1:], own_rows[:-1]]) if len(completion) else own_rows
-            rows.append(predictors)
-            targets.append(completion[len(completion) - len(predictors) :])
-            target_counts.append(len(predictors))
-            q_length = len(completion) + (len(prompt) if first_of_prompt else 0)
-            if q_length:
-                q_lengths.append(q_length)
-                k_lengths.append(len(prompt) + len(completion))
-                keys.extend((prompt_rows, own_rows))
-    kv_index = _joined(keys)
-    identity = len(kv_index) == end  # every row is a key at least once, in order: as many keys as rows is the identity
-    layout = PackedLayout(
+    ids, prompt_lengths = _as_arrays(sequences)
+    tree = build_tree(ids, share)
+    input_ids = _joined([ids[node.sequence][node.begin : node.end] for node in tree.nodes])
+    layout = _layout(tree, len(input_ids))
+
+    # The rows of a sequence are the first keys of a leaf on whose path it lies.
+    key_rows = np.arange(len(input_ids)) if layout.kv_index is None else layout.kv_index.numpy()
+    key_starts = layout.cu_seqlens_k.tolist()
+    path_starts = [key_starts[leaf] for leaf in tree.leaf_of_sequence]
+    target_rows, target_ids, counts = [], [], []
+    for sequence, prompt_length, start in zip(ids, prompt_lengths, path_starts, strict=True):
+        first = min(max(prompt_length, 1), len(sequence))
+        target_rows.append(key_rows[start + first - 1 : start + len(sequence) - 1])
+        target_ids.append(sequence[first:])
+        counts.append(len(sequence) - first)
+    return PackedRow(
+        input_ids=torch.from_numpy(input_ids).unsqueeze(0),
+        position_ids=layout.positions.unsqueeze(0),
+        layout=layout,
+        target_rows=torch.from_numpy(_joined(target_rows)),
+        target_ids=torch.from_numpy(_joined(target_ids)),
+        sequence_numbers=torch.from_numpy(np.repeat(np.arange(len(ids)), counts)),
+        target_counts=tuple(counts),
+        unshared_tokens=sum(map(len, ids)),
+    )
+
+
+def _layout(tree: Tree, num_rows: int) -> PackedLayout:
+    nodes, paths = tree.nodes, tree.paths
+    lengths = [node.length for node in nodes]
+    starts = [0, *accumulate(lengths)]  # the row of each node's first token; depth first
+    q_lengths = [0] * len(paths)
+    for node, length in zip(nodes, lengths, strict=True):
+        q_lengths[node.first_leaf] += length
+    k_lengths = [nodes[path[-1]].end for path in paths]
+    key_starts = np.array([0, *accumulate(k_lengths)])
+    count = np.arange(max(num_rows, *k_lengths, 0))  # slices of it are cheaper than ranges
+    kv_index = kv_copies = kv_offsets = None
+    if key_starts[-1] != num_rows:  # every row is a key at least once: as many keys as rows is one key a row, in order
+        kv_index = np.concatenate([count[starts[node] : starts[node + 1]] for path in paths for node in path])
+        # A node's rows are keys of every leaf below it, there at their depth.
+        leaves = [(node.first_leaf, _leaf_after(nodes, node, len(paths))) for node in nodes]
+        kv_copies = np.concatenate(
+            [
+                (count[node.begin : node.end, None] + key_starts[first:last]).ravel()
+                for node, (first, last) in zip(nodes, leaves, strict=True)
+            ]
+        )
+        kv_offsets = np.zeros(num_rows + 1, dtype=np.int64)
+        copies_a_row = [last - first for first, last in leaves]
+        np.cumsum(np.repeat(copies_a_row, lengths), out=kv_offsets[1:])
+    ends = np.array([starts[node.subtree_end] for node in nodes], dtype=np.int64)
+    return PackedLayout(
         cu_seqlens_q=_cumulative(q_lengths),
-        cu_seqlens_k=_cumulative(k_lengths),
-        kv_index=None if identity else torch.from_numpy(kv_index),
+        cu_seqlens_k=torch.from_numpy(key_starts.astype(np.int32)),
+        max_seqlen_q=max(q_lengths, default=0),
+        max_seqlen_k=max(k_lengths, default=0),
+        kv_index=_tensor(kv_index),
+        kv_copies=_tensor(kv_copies),
+        kv_offsets=_tensor(kv_offsets),
+        subtree_end=torch.from_numpy(np.repeat(ends, lengths)),
+        positions=torch.from_numpy(_joined([count[node.begin : node.end] for node in nodes])),
         q_lengths=tuple(q_lengths),
         k_lengths=tuple(k_lengths),
     )
-    return PackedRow(
-        input_ids=torch.from_numpy(_joined(ids)).unsqueeze(0),
-        position_ids=torch.from_numpy(_joined(positions)).unsqueeze(0),
-        layout=layout,
-        target_rows=torch.from_numpy(_joined(rows)),
-        target_ids=torch.from_numpy(_joined(targets)),
-        completion_ids=torch.from_numpy(np.repeat(np.arange(len(target_counts)), target_counts)),
-        unshared_tokens=unshared,
-    )
+
+
+def _leaf_after(nodes: list[Node], node: Node, num_leaves: int) -> int:
+    """The first leaf that is not below this node any more."""
+    return nodes[node.subtree_end].first_leaf if node.subtree_end < len(nodes) else num_leaves
+
+
+def _as_arrays(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[list[np.ndarray], list[int]]:
+    """Token ids of every sequence, and how many of them are prompt. A list that comes twice is read once."""
+    known: dict[int, np.ndarray] = {}
+
+    def array(ids: Sequence[int]) -> np.ndarray:
+        if id(ids) not in known:
+            known[id(ids)] = np.asarray(ids, dtype=np.int64)
+        return known[id(ids)]
+
+    parts = [(array(prompt), array(completion)) for prompt, completion in sequences]
+    return [np.concatenate(part) for part in parts], [len(prompt) for prompt, _ in parts]
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
+def _tensor(array: np.ndarray | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
+
+
 def _cumulative(lengths: list[int]) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32))
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from fastdpo.device import freed_memory_kept
 from fastdpo.models import causal_lm, completion_logps, evaluating
-from fastdpo.packing import Group, PreferenceCollator
+from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
 from fastdpo.reference.fingerprint import model_fingerprint, sequence_key
 
@@ -67,11 +67,11 @@ def precompute(
     tokens = 0
     try:
         with evaluating(model), freed_memory_kept(device):
-            for number, (groups, keys) in enumerate(_passes(wanted, budget, batch_size), start=1):
+            for number, (sequences, keys) in enumerate(_passes(wanted, budget, batch_size), start=1):
                 with autocast:
-                    logps = completion_logps(model, groups, packing=packing, attention_backend=attention_backend)
+                    logps = completion_logps(model, sequences, packing=packing, attention_backend=attention_backend)
                 pending.update((key, values.numpy()) for key, values in zip(keys, logps, strict=True))
-                tokens += sum(len(group.prompt) + sum(map(len, group.completions)) for group in groups)
+                tokens += sum(len(prompt) + len(completion) for prompt, completion in sequences)
                 bar.update(len(keys))
                 bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):,.0f} tokens/s", refresh=False)
                 if number % PASSES_PER_SHARD == 0:
@@ -100,21 +100,23 @@ def reference_columns(
 
 def _passes(
     wanted: Mapping[tuple[int, ...], Mapping[bytes, Sequence[int]]], budget: int, batch_size: int | None
-) -> Iterator[tuple[list[Group], list[bytes]]]:
-    """Groups of like length, as many a pass as the budget of packed tokens holds; the longest first."""
+) -> Iterator[tuple[list[tuple[Sequence[int], Sequence[int]]], list[bytes]]]:
+    """Prompts of like length with their completions, as many a pass as the budget holds tokens; the longest first."""
 
     def size(item: tuple[tuple[int, ...], Mapping[bytes, Sequence[int]]]) -> int:
         return len(item[0]) + sum(map(len, item[1].values()))
 
-    groups: list[Group] = []
+    sequences: list[tuple[Sequence[int], Sequence[int]]] = []
     keys: list[bytes] = []
-    tokens = 0
+    tokens = prompts = 0
     for item in sorted(wanted.items(), key=size, reverse=True):
-        if groups and (tokens + size(item) > budget or len(groups) == batch_size):
-            yield groups, keys
-            groups, keys, tokens = [], [], 0
-        groups.append(Group(item[0], list(item[1].values())))
-        keys += item[1].keys()
+        if sequences and (tokens + size(item) > budget or prompts == batch_size):
+            yield sequences, keys
+            sequences, keys, tokens, prompts = [], [], 0, 0
+        prompt, completions = item
+        sequences += [(prompt, completion) for completion in completions.values()]
+        keys += completions.keys()
         tokens += size(item)
-    if groups:
-        yield groups, keys
+        prompts += 1
+    if sequences:
+        yield sequences, keys

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from fastdpo.device import freed_memory_kept
-from fastdpo.models import batch_loss, causal_lm, evaluating, sequence_logps, verify_packing
+from fastdpo.models import batch_loss, causal_lm, evaluating, sequence_logps
 from fastdpo.packing import PACKINGS, PreferenceBatch, PreferenceCollator
 from fastdpo.reference import precompute, reference_columns
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
@@ -34,6 +34,7 @@ from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.dataset import REF_COLUMNS, prepare_dataset
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.types import UserError
+from fastdpo.verify import verify_packing
 
 logger = logging.getLogger(__name__)
 

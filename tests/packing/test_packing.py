@@ -1,65 +1,12 @@
-"""Layouts and batches, checked against what they must say of each sequence."""
+"""Batches: their targets, truncation, loaders, bad input. Layouts: test_layout.py."""
 
 import pickle
-import random
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import random_rows
 
-from fastdpo.packing import Group, PreferenceCollator, pack
-
-ids = st.lists(st.integers(3, 96), max_size=6)
-groups_strategy = st.lists(
-    st.tuples(ids, st.lists(ids, min_size=1, max_size=4)).map(lambda pair: Group(*pair)), min_size=1, max_size=4
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(groups=groups_strategy, share=st.booleans())
-def test_every_completion_sees_its_prompt_and_itself(groups, share):
-    row = pack(groups, share=share)
-    tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
-    layout = row.layout
-    keys = list(range(len(tokens))) if layout.kv_index is None else layout.kv_index.tolist()
-    cu_q, cu_k = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
-    assert cu_q[-1] == len(tokens) and cu_k[-1] == len(keys)
-    assert list(layout.q_lengths) == [b - a for a, b in pairwise(cu_q)]
-    assert list(layout.k_lengths) == [b - a for a, b in pairwise(cu_k)]
-
-    # What each row attends to: the keys of its segment up to its own place, counted from the segment's end.
-    seen = {}
-    for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
-        for row_number in range(q0, q1):
-            seen[row_number] = keys[k0 : k1 - (q1 - 1 - row_number)]
-            assert seen[row_number][-1] == row_number
-
-    found = {}
-    for target_row, target, completion in zip(
-        row.target_rows.tolist(), row.target_ids.tolist(), row.completion_ids.tolist(), strict=True
-    ):
-        context = [tokens[key] for key in seen[target_row]]
-        assert [positions[key] for key in seen[target_row]] == list(range(len(context)))
-        found.setdefault(completion, []).append((context, target))
-    wanted, number = {}, 0
-    for group in groups:
-        for completion in group.completions:
-            sequence = [*group.prompt, *completion]
-            first = max(1, len(group.prompt))
-            steps = [(sequence[:i], sequence[i]) for i in range(first, len(sequence))]
-            if steps:
-                wanted[number] = steps
-            number += 1
-    assert found == wanted
-    unshared = sum(len(g.prompt) + len(c) for g in groups for c in g.completions)
-    assert row.unshared_tokens == unshared
-    if share:
-        assert len(tokens) == sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
-    else:
-        assert len(tokens) == unshared
+from fastdpo.packing import PreferenceCollator
 
 
 @pytest.mark.parametrize("packing", ["prefix", "varlen", "padded"])
@@ -154,17 +101,3 @@ def test_bad_input():
         PreferenceCollator()([])
     with pytest.raises(ValueError, match="no rejected_ids"):
         PreferenceCollator()([{"prompt_ids": [1], "chosen_ids": [2]}])
-
-
-def test_building_a_large_layout_is_quick():
-    import time
-
-    draw = random.Random(0)
-    lengths = {"prompt_ids": 400, "chosen_ids": 300, "rejected_ids": 300}
-    rows = [{name: [draw.randrange(100) for _ in range(n)] for name, n in lengths.items()} for _ in range(64)]
-    collator, best = PreferenceCollator(), float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        collator(rows)
-        best = min(best, time.perf_counter() - began)
-    assert best < 0.1, f"{best:.3f} s for 64 pairs of 1,000 tokens"

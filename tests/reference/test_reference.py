@@ -41,9 +41,9 @@ def count_passes(monkeypatch):
 
     scored, original = [], module.completion_logps
 
-    def counting(model, groups, **options):
-        scored.append(sum(len(group.completions) for group in groups))
-        return original(model, groups, **options)
+    def counting(model, sequences, **options):
+        scored.append(len(sequences))
+        return original(model, sequences, **options)
 
     monkeypatch.setattr(module, "completion_logps", counting)
     return scored

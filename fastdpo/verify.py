@@ -1,0 +1,110 @@
+"""Whether a model can run packed: compared with its own logits, sequence by sequence, before any training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.attention import count_packed_layers
+from fastdpo.models import causal_lm, evaluating, sequence_logps
+from fastdpo.packing import PreferenceCollator
+from fastdpo.types import UserError
+
+Row = dict[str, list[int]]
+
+# How far a packed log-prob may lie from the model's own, in nats a token, by the dtype of the arithmetic.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+_CANNOT_RUN = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError)
+
+
+def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto") -> None:
+    """Runs small random pairs as `packing` says and compares them with the model's own logits.
+
+    Three pairs: two with one prompt, one of these with answers that begin alike. Run again with other tokens in half of
+    the sequences, the rest must stay as it was: nothing leaks from one to another.
+
+    Raises:
+        UserError: the model does not run this way, or its log-probs differ: packed attention, positions, or the head's
+            scale and softcap are not what this architecture does.
+    """
+    inner = causal_lm(model)
+    weight = inner.get_output_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(weight.shape[0], (count,), generator=generator).tolist()
+
+    shared, common = draw(6), draw(3)
+    rows = [
+        {"prompt_ids": draw(7), "chosen_ids": draw(5), "rejected_ids": draw(3)},
+        {"prompt_ids": shared, "chosen_ids": draw(2), "rejected_ids": draw(6)},
+        {"prompt_ids": shared, "chosen_ids": common + draw(2), "rejected_ids": common + draw(4)},
+    ]
+    others = copy.deepcopy(rows)
+    others[0] = {name: draw(len(ids)) for name, ids in rows[0].items()}
+    others[1]["rejected_ids"] = draw(6)
+    others[2]["rejected_ids"][3:] = draw(4)
+    unchanged = torch.tensor([1, 2])  # the chosen answers of the last two
+    attention = inner.config._attn_implementation
+    try:
+        with evaluating(model), torch.no_grad():
+            theirs = _own_logps(inner, rows, weight.device)
+            try:
+                with count_packed_layers() as layers:
+                    ours, again = (
+                        sequence_logps(
+                            model, PreferenceCollator(packing=packing)(each).to(weight.device),
+                            attention_backend=attention_backend,
+                        ).cpu()
+                        for each in (rows, others)
+                    )  # fmt: skip
+            except torch.OutOfMemoryError:
+                raise
+            except _CANNOT_RUN as error:
+                raise UserError(f"packing={packing!r} does not run on {type(inner).__name__}: {error}") from error
+        wanted = 0 if packing == "padded" else inner.config.get_text_config().num_hidden_layers
+        if len(layers) < wanted:
+            raise UserError(
+                f"packing={packing!r} cannot serve {type(inner).__name__}: only {len(layers)} of its {wanted} layers "
+                "run attention through transformers' attention interface; the others (recurrent, linear or "
+                "hand-written attention) would mix the packed sequences. Use packing='padded', or packing='auto'."
+            )
+        lengths = torch.tensor([len(row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows])
+        tolerance = _TOLERANCE.get(_arithmetic(inner), 1e-4)
+        leak = ((ours - again).abs() / lengths)[unchanged].max().item()
+        if packing != "padded" and not leak <= tolerance / 3:
+            raise UserError(
+                f"packing={packing!r} cannot serve {type(inner).__name__}: other sequences of the row move the "
+                f"log-probs of one by {leak:.2g} nats a token. Use packing='padded', or packing='auto'."
+            )
+        error = ((ours - theirs).abs() / lengths).max().item()
+        if not error <= tolerance:
+            raise UserError(
+                f"packing={packing!r} does not give the log-probs of {type(inner).__name__}: off by {error:.2g} nats a "
+                "token on a small test batch. Use packing='padded', or packing='auto' to have it chosen."
+            )
+    except ValueError:
+        if inner.config._attn_implementation != attention:
+            inner.set_attn_implementation(attention)
+        raise
+
+
+def _own_logps(inner: Any, rows: list[Row], device: torch.device) -> Tensor:
+    """Sums of the completions' log-probs, chosen first, from the logits of each sequence run alone."""
+    sums = []
+    for side in ("chosen_ids", "rejected_ids"):
+        for row in rows:
+            start = len(row["prompt_ids"])
+            tokens = torch.tensor([row["prompt_ids"] + row[side]], device=device)
+            logits = inner(input_ids=tokens, use_cache=False).logits[0, start - 1 : -1]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            sums.append(logits.log_softmax(-1).gather(1, tokens[0, start:, None]).sum().cpu())
+    return torch.stack(sums)
+
+
+def _arithmetic(inner: Any) -> torch.dtype:
+    kind = inner.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inner.dtype

@@ -1,0 +1,169 @@
+"""What a packed row says of each sequence, against what it must say."""
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdpo.packing import pack
+from fastdpo.packing.tree import KEYS_PER_TOKEN, build_tree
+
+# Few different tokens, so that beginnings coincide at every depth.
+ids = st.lists(st.integers(3, 5), max_size=6)
+sequences_strategy = st.lists(st.tuples(ids, ids), min_size=1, max_size=9)
+
+
+def seen_by_segments(layout):
+    """row -> the rows it attends to, as variable-length attention reads the layout."""
+    num_rows = int(layout.cu_seqlens_q[-1])
+    keys = list(range(num_rows)) if layout.kv_index is None else layout.kv_index.tolist()
+    cu_q, cu_k = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
+    assert cu_k[-1] == len(keys)
+    assert list(layout.q_lengths) == [b - a for a, b in pairwise(cu_q)]
+    assert list(layout.k_lengths) == [b - a for a, b in pairwise(cu_k)]
+    assert layout.max_seqlen_q == max(layout.q_lengths, default=0)
+    assert layout.max_seqlen_k == max(layout.k_lengths, default=0)
+    seen = {}
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        for row in range(q0, q1):
+            seen[row] = keys[k0 : k1 - (q1 - 1 - row)]
+    return seen
+
+
+def seen_by_intervals(layout):
+    ends = layout.subtree_end.tolist()
+    return {i: [j for j in range(i + 1) if i < ends[j]] for i in range(len(ends))}
+
+
+@settings(max_examples=400, deadline=None)
+@given(sequences=sequences_strategy, share=st.booleans())
+def test_every_sequence_sees_itself_and_nothing_else(sequences, share):
+    row = pack(sequences, share=share)
+    tokens, positions = row.input_ids[0].tolist(), row.position_ids[0].tolist()
+    layout = row.layout
+    assert layout.positions.tolist() == positions
+    seen = seen_by_segments(layout)
+    assert seen == seen_by_intervals(layout)
+    for own, rows in seen.items():
+        assert rows[-1] == own
+        assert [positions[key] for key in rows] == list(range(len(rows)))
+
+    found = {}
+    for target_row, target, number in zip(
+        row.target_rows.tolist(), row.target_ids.tolist(), row.sequence_numbers.tolist(), strict=True
+    ):
+        found.setdefault(number, []).append(([tokens[key] for key in seen[target_row]], target))
+    wanted = {}
+    for number, (prompt, completion) in enumerate(sequences):
+        whole = [*prompt, *completion]
+        steps = [(whole[:i], whole[i]) for i in range(max(1, len(prompt)), len(whole))]
+        if steps:
+            wanted[number] = steps
+    assert found == wanted
+    assert row.sequence_numbers.tolist() == sorted(row.sequence_numbers.tolist())
+    assert row.target_counts == tuple(len(wanted.get(number, ())) for number in range(len(sequences)))
+    unshared = sum(len(prompt) + len(completion) for prompt, completion in sequences)
+    assert row.unshared_tokens == unshared
+    assert len(tokens) == unshared if not share else len(tokens) <= unshared
+
+    if layout.kv_index is None:
+        assert layout.kv_copies is None and layout.kv_offsets is None
+    else:
+        order = torch.argsort(layout.kv_index, stable=True)
+        assert torch.equal(layout.kv_copies, order)
+        counts = torch.bincount(layout.kv_index, minlength=len(tokens))
+        assert torch.equal(layout.kv_offsets, torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(sequences=st.lists(ids, min_size=1, max_size=12), worth=st.sampled_from([0, 1, 3, 10**6]))
+def test_what_is_shared_is_what_pays(sequences, worth):
+    """With every beginning worth its price, no two siblings begin with the same token; with none, only equals share."""
+    import fastdpo.packing.tree as module
+
+    arrays = [np.array(sequence, dtype=np.int64) for sequence in sequences]
+    before, module.KEYS_PER_TOKEN = module.KEYS_PER_TOKEN, worth
+    try:
+        tree = build_tree(arrays, True)
+    finally:
+        module.KEYS_PER_TOKEN = before
+    children = {}
+    for path in tree.paths:
+        for parent, child in pairwise([-1, *path]):
+            children.setdefault(parent, set()).add(child)
+    first_tokens = {
+        parent: [sequences[tree.nodes[child].sequence][tree.nodes[child].begin] for child in below]
+        for parent, below in children.items()
+    }
+    if worth == 10**6:
+        assert all(len(set(tokens)) == len(tokens) for tokens in first_tokens.values())
+        prefixes = {tuple(sequence[:n]) for sequence in sequences for n in range(1, len(sequence) + 1)}
+        assert sum(node.length for node in tree.nodes) == len(prefixes)
+    if worth == 0:
+        assert all(len(below) == 1 for parent, below in children.items() if parent != -1)
+    for number, node in enumerate(tree.nodes):
+        branches = len(children.get(number, ()))
+        gathered = sum(tree.nodes[path[-1]].end for path in tree.paths if number in path)
+        assert branches < 2 or (branches - 1) * node.length * worth >= gathered
+
+
+def test_the_price_of_sharing():
+    def rows(prompt, answers):
+        return pack([([7] * prompt, [8 + i] * answers) for i in range(2)]).input_ids.shape[1]
+
+    assert rows(100, 50) == 200  # the prompt once
+    assert rows(2, 100) == 204  # two tokens saved, 204 keys gathered
+    n = 10
+    assert n * KEYS_PER_TOKEN == 2 * (n + 150)  # the border, still shared
+    assert rows(n, 150) == n + 300 and rows(n, 151) == 2 * n + 302
+
+
+def test_several_depths():
+    """A system prompt, two questions behind it, answers that begin alike."""
+    system, one, two = [3] * 20, [4] * 9, [5] * 7
+    answers = [[6] * 8 + [7], [6] * 8 + [8, 9], [9] * 3, [6] * 8]
+    sequences = [([*system, *question], answer) for question in (one, two) for answer in answers]
+    row = pack(sequences)
+    assert row.input_ids.shape[1] == 20 + sum(len(question) + 8 + 1 + 2 + 3 for question in (one, two))
+    assert len(row.layout.q_lengths) == 6  # the answers that end inside another need no segment of their own
+    assert row.layout.q_lengths[0] == 20 + 9 + 8 + 1
+    assert row.layout.k_lengths[:3] == (38, 39, 32)
+
+
+def test_deep_trees_need_no_recursion():
+    sequences = [([3] * n, [4]) for n in range(1, 1500)]
+    row = pack(sequences)
+    assert row.target_counts == (1,) * 1499
+    assert pack([([], [3] * n) for n in range(1, 1500)]).input_ids.shape[1] == 1499
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_nothing_to_run(share):
+    row = pack([([], []), ([], [])], share=share)
+    assert row.input_ids.shape == (1, 0) and row.target_counts == (0, 0)
+    assert row.layout.cu_seqlens_q.tolist() == [0]
+
+
+def test_order_is_that_of_the_sequences():
+    row = pack([([9], [9]), ([3], [3]), ([5], [5])])
+    assert row.input_ids.tolist() == [[9, 9, 3, 3, 5, 5]]
+
+
+def test_building_a_large_layout_is_quick():
+    import time
+
+    draw = random.Random(0)
+    pairs = []
+    for _ in range(64):
+        prompt, chosen, rejected = (np.array([draw.randrange(50000) for _ in range(n)]) for n in (400, 300, 300))
+        pairs += [(prompt, chosen), (prompt, rejected)]
+    best = float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        pack(pairs)
+        best = min(best, time.perf_counter() - began)
+    assert best < 0.005, f"{best * 1e3:.1f} ms for 64 pairs of 1,000 tokens"
