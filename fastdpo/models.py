@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from fastdpo.attention import packed_forward
 from fastdpo.functional import linear_loss, linear_token_logps
@@ -65,11 +68,12 @@ def lm_head(model: Any) -> LMHead:
     scale = 1.0
     if getattr(config, "logit_scale", None):  # Cohere
         scale = float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):  # Granite
-        scale = 1.0 / float(config.logits_scaling)
+    if getattr(config, "logits_scaling", None):  # Granite divides by it, HyperCLOVA X multiplies
+        scale = float(config.logits_scaling) ** (1 if config.model_type == "hyperclovax" else -1)
     if getattr(config, "lm_head_multiplier", None):  # Falcon-H1
         scale = float(config.lm_head_multiplier)
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    softcaps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    softcap = next(filter(None, (getattr(config, name, None) for name in softcaps)), None)
     return LMHead(head.weight, getattr(head, "bias", None), softcap, scale)
 
 
@@ -81,6 +85,8 @@ def target_hidden_states(model: Any, batch: PreferenceBatch, *, attention_backen
 def _backbone(model: Any, batch: PreferenceBatch, attention_backend: str, **options: Any) -> tuple[Tensor, Any]:
     """The targets' hidden states, and all that the backbone returned."""
     backbone = model.base_model
+    if backbone is model:  # Llama 4's text model names its backbone otherwise than it says
+        backbone = getattr(model, "model", model)
     if backbone is model:
         raise ValueError(f"{type(model).__name__} does not tell its backbone apart from its head (base_model_prefix).")
     _check_lengths(model, batch)
@@ -94,6 +100,8 @@ def _backbone(model: Any, batch: PreferenceBatch, attention_backend: str, **opti
         # the device to do so.
         mask = torch.ones_like(batch.input_ids, dtype=torch.bool)
         packed = {"packed_layout": batch.layout, "attention_backend": attention_backend}
+        # A tensor's attribute too, for decoder layers that hand their attention nothing but the positions.
+        batch.position_ids.packed = packed
         with packed_forward(model):
             output = backbone(**inputs, attention_mask=mask, **packed)
     hidden = output[0]
@@ -190,6 +198,13 @@ def sequence_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str
         (2B,) float32, chosen first, differentiable in the model's parameters.
     """
     inner = causal_lm(model)
+    if _has_wrapper(model):
+        extend_forward(inner)
+        return model(preference_batch=batch, pass_options={"attention_backend": attention_backend})
+    return _sequence_logps(inner, batch, attention_backend=attention_backend)
+
+
+def _sequence_logps(inner: Any, batch: PreferenceBatch, *, attention_backend: str) -> Tensor:
     hidden = target_hidden_states(inner, batch, attention_backend=attention_backend)
     head = lm_head(inner)
     logps = linear_token_logps(hidden, head.weight, batch.target_ids, **head.kwargs())
@@ -216,6 +231,22 @@ def batch_loss(
         options: of `linear_loss`: beta, loss_type, label_smoothing, reduction, memory_budget, ...
     """
     inner = causal_lm(model)
+    options |= {"attention_backend": attention_backend, "router_aux_loss_coef": router_aux_loss_coef}
+    if _has_wrapper(model):
+        extend_forward(inner)
+        return model(preference_batch=batch, ref_logps=ref_logps, loss_options=options)
+    return _batch_loss(inner, batch, ref_logps, **options)
+
+
+def _batch_loss(
+    inner: Any,
+    batch: PreferenceBatch,
+    ref_logps: Tensor | None,
+    *,
+    attention_backend: str,
+    router_aux_loss_coef: float,
+    **options: Any,
+) -> LossOutput:
     router = {"output_router_logits": True} if router_aux_loss_coef else {}
     hidden, backbone_output = _backbone(inner, batch, attention_backend, **router)
     head = lm_head(inner)
@@ -234,6 +265,46 @@ def batch_loss(
     aux_loss = _load_balancing_loss(inner, backbone_output.router_logits, batch)
     weight = batch.num_pairs if options.get("reduction") == "sum" else 1  # as much a pair, however the batch is reduced
     return replace(output, loss=output.loss + router_aux_loss_coef * weight * aux_loss, aux_loss=aux_loss.detach())
+
+
+def _has_wrapper(model: Any) -> bool:
+    """Whether a pass must go through the model's own forward: data-parallel wrappers and sharded models act there."""
+    if isinstance(model, FSDPModule) or isinstance(getattr(model, "module", None), torch.nn.Module):
+        return True
+    return hasattr(model, "get_base_model") and _has_wrapper(model.get_base_model())
+
+
+def extend_forward(inner: Any) -> None:
+    """Lets a causal LM take `preference_batch=`: `inner(preference_batch=..., ref_logps=..., loss_options=...)` is
+    `batch_loss`, and with `pass_options=` in their place `sequence_logps`. Other calls are as before.
+
+    On the instance, not the class: the pass then runs inside whatever wraps this model's forward. As a bound method
+    that holds nothing else, so that a copy of the model is bound to the copy.
+    """
+    before = inner.__dict__.get("forward")
+    if getattr(before, "__func__", None) is not None and hasattr(before, "takes_preference_batch"):
+        return
+    original = type(inner).forward
+
+    @functools.wraps(original)
+    def forward(
+        self: Any,
+        *args: Any,
+        preference_batch: Any = None,
+        ref_logps: Any = None,
+        loss_options: Any = None,
+        pass_options: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if preference_batch is not None and loss_options is not None:
+            return _batch_loss(self, preference_batch, ref_logps, **loss_options)
+        if preference_batch is not None:
+            return _sequence_logps(self, preference_batch, **pass_options)
+        # Somebody else's override (offloading hooks, say) goes on working.
+        return original(self, *args, **kwargs) if before is None else before(*args, **kwargs)
+
+    forward.takes_preference_batch = True  # type: ignore[attr-defined]
+    inner.forward = types.MethodType(forward, inner)
 
 
 def is_mixture_of_experts(model: Any) -> bool:

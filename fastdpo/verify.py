@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.attention import count_packed_layers
+from fastdpo.attention import packed_layers
 from fastdpo.models import causal_lm, evaluating, sequence_logps
 from fastdpo.packing import PreferenceCollator
 from fastdpo.types import UserError
@@ -37,6 +37,10 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
     def draw(count: int) -> list[int]:
         return torch.randint(weight.shape[0], (count,), generator=generator).tolist()
 
+    def logps(some: list[Row]) -> Tensor:
+        batch = PreferenceCollator(packing=packing)(some).to(weight.device)
+        return sequence_logps(model, batch, attention_backend=attention_backend).cpu()
+
     shared, common = draw(6), draw(3)
     rows = [
         {"prompt_ids": draw(7), "chosen_ids": draw(5), "rejected_ids": draw(3)},
@@ -53,14 +57,9 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
         with evaluating(model), torch.no_grad():
             theirs = _own_logps(inner, rows, weight.device)
             try:
-                with count_packed_layers() as layers:
-                    ours, again = (
-                        sequence_logps(
-                            model, PreferenceCollator(packing=packing)(each).to(weight.device),
-                            attention_backend=attention_backend,
-                        ).cpu()
-                        for each in (rows, others)
-                    )  # fmt: skip
+                with packed_layers() as layers:
+                    ours = logps(rows)
+                again = logps(others)
             except torch.OutOfMemoryError:
                 raise
             except _CANNOT_RUN as error:
@@ -80,10 +79,10 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
                 f"packing={packing!r} cannot serve {type(inner).__name__}: other sequences of the row move the "
                 f"log-probs of one by {leak:.2g} nats a token. Use packing='padded', or packing='auto'."
             )
-        error = ((ours - theirs).abs() / lengths).max().item()
-        if not error <= tolerance:
+        off = ((ours - theirs).abs() / lengths).max().item()
+        if not off <= tolerance:
             raise UserError(
-                f"packing={packing!r} does not give the log-probs of {type(inner).__name__}: off by {error:.2g} nats a "
+                f"packing={packing!r} does not give the log-probs of {type(inner).__name__}: off by {off:.2g} nats a "
                 "token on a small test batch. Use packing='padded', or packing='auto' to have it chosen."
             )
     except ValueError:

@@ -1,7 +1,7 @@
 """Attention over packed rows, registered with transformers under the name "fastdpo"."""
 
 from fastdpo.attention.contract import Backend, Needs
-from fastdpo.attention.interface import ATTENTION_NAME, count_packed_layers, packed_forward, register
+from fastdpo.attention.interface import ATTENTION_NAME, packed_forward, packed_layers, register
 from fastdpo.attention.select import BACKENDS, select_backend
 
 __all__ = [
@@ -9,8 +9,8 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "Needs",
-    "count_packed_layers",
     "packed_forward",
+    "packed_layers",
     "register",
     "select_backend",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdpo.ops import gather_kv
 from fastdpo.packing.layout import PackedLayout
 
 
@@ -55,4 +56,5 @@ def gathered(key: Tensor, value: Tensor, layout: PackedLayout) -> tuple[Tensor, 
     """(K, H_kv, d), (K, H_kv, d_v): the keys and values of every segment, one behind the other."""
     if layout.kv_index is None:
         return key, value
-    return key.index_select(0, layout.kv_index), value.index_select(0, layout.kv_index)
+    assert layout.kv_copies is not None and layout.kv_offsets is not None
+    return gather_kv(key, value, layout.kv_index, layout.kv_copies, layout.kv_offsets)

@@ -26,7 +26,7 @@ from fastdpo.packing.layout import PackedLayout
 ATTENTION_NAME = "fastdpo"
 # Masks are built once, at the top of a model's forward, by a function that sees none of the keyword arguments.
 _packed = contextvars.ContextVar("fastdpo_packed", default=False)
-_seen_layers: set[int] | None = None  # read in compiled layers, where a context variable could not be
+_counted: list[torch.nn.Module] | None = None  # read in compiled layers, where a context variable could not be
 
 
 @lru_cache(None)
@@ -65,18 +65,28 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, as transformers calls it; returns ((1, T, H, d), None)."""
+    if packed_layout is None:  # StableLM and Nemotron pass their attention the positions alone
+        packed = getattr(kwargs.get("position_ids"), "packed", {})
+        packed_layout = packed.get("packed_layout")
+        attention_backend = packed.get("attention_backend", attention_backend)
+    for option in ("indices", "block_indices"):  # of sparse attention, which asks any attention but its own for it
+        if kwargs.get(option) is not None:
+            raise ValueError(f"there is no sparse attention here, which {type(module).__name__} asks for by {option}.")
     if packed_layout is None:
+        assert not isinstance(attention_mask, WindowMask)
         return _unpacked(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal,
             position_bias=position_bias, softcap=softcap, s_aux=s_aux, **kwargs,
         )  # fmt: skip
-    if _seen_layers is not None:
-        _seen_layers.add(id(module))
+    if _counted is not None:
+        _counted.append(module)
     name = type(module).__name__
     if position_bias is not None:
         raise ValueError(f"packed attention has no position_bias, which {name} needs; use packing='padded'.")
     if is_causal is False:
         raise ValueError(f"packed attention is causal, and {name} is not; use packing='padded'.")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"{name} attends to {key.shape[2]} keys for {query.shape[2]} tokens; use packing='padded'.")
     if attention_mask is not None and not isinstance(attention_mask, WindowMask):
         raise ValueError("packed attention takes no attention_mask: the layout says what each token sees.")
     window = None if attention_mask is None else attention_mask.window
@@ -93,7 +103,7 @@ def attention_forward(
     out = select_backend(attention_backend, needs).attend(
         query, key, value, packed_layout, scale=scaling, window=window, softcap=softcap, sinks=s_aux, dropout=dropout
     )
-    return out.unsqueeze(0), None
+    return out.contiguous().unsqueeze(0), None
 
 
 def _unpacked(
@@ -134,11 +144,11 @@ def packed_forward(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def count_packed_layers() -> Iterator[set[int]]:
-    """Collects the attention layers that run packed within it."""
-    global _seen_layers
-    before, _seen_layers = _seen_layers, set()
+def packed_layers() -> Iterator[list[torch.nn.Module]]:
+    """Collects the attention layers that run packed within it, as often as they do."""
+    global _counted
+    before, _counted = _counted, []
     try:
-        yield _seen_layers
+        yield _counted
     finally:
-        _seen_layers = before
+        _counted = before

@@ -25,6 +25,7 @@ class PreferenceBatch(dict):
     num_tokens       tokens that the backbone runs through, padding counted
     unshared_tokens  tokens with every prompt repeated, without padding
     ref_logps        (2B,) the reference's sums, where the rows carry them
+    weight           0 where the batch only keeps step with other processes; default 1
     """
 
     def __getattr__(self, name: str) -> Any:

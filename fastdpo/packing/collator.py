@@ -69,7 +69,7 @@ class PreferenceCollator:
                 len(rows), self.max_tokens_per_microbatch, cost
             )  # fmt: skip
         cuts = even_cuts(len(rows), count, cost) if rows else [(0, 0)]
-        return MicroBatches(tuple(self.batch(rows[first:end]) for first, end in cuts), rows, self)
+        return MicroBatches(tuple(self.batch(rows[first:end]) for first, end in cuts), rows, self, count)
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         if not rows:

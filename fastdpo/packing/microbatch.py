@@ -28,6 +28,7 @@ class MicroBatches:
     parts: tuple[PreferenceBatch, ...]
     rows: Sequence[Any]
     collator: PreferenceCollator
+    passes: int  # the forward passes it stands for: those of `parts`, and any that do nothing
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -46,8 +47,8 @@ class MicroBatches:
         return replace(self, parts=tuple(part.pin_memory() for part in self.parts))
 
     def into(self, count: int) -> MicroBatches:
-        """The same pairs in `count` micro-batches, or in one a pair where there are fewer pairs than that."""
-        return self if count == len(self) else self.collator.microbatches(self.rows, count)
+        """The same pairs in `count` micro-batches; where there are fewer pairs, in one a pair, the rest do nothing."""
+        return self if count == self.passes else self.collator.microbatches(self.rows, count)
 
 
 def fewest(num_pairs: int, budget: int, cost: Cost) -> int:

@@ -125,7 +125,7 @@ def _gathered(node: Node) -> int:
 
 def _depth_first(root: Node, num_sequences: int) -> Tree:
     """Numbers the nodes, branches in the order in which the first sequence of each was given."""
-    first = {}
+    first: dict[Node, int] = {}
     for node in reversed(_parents_first(root)):
         node.children.sort(key=first.__getitem__)
         known = [*node.ending[:1], *(first[child] for child in node.children[:1])]

@@ -13,9 +13,10 @@ from fastdpo.losses import WeightedLosses, resolve_losses
 from fastdpo.packing import PACKINGS
 from fastdpo.packing.collator import TRUNCATION_MODES
 
+SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length", "group_by_prompt", "batch_rebalance")
+
 # Options of TRL's DPOConfig that fastdpo does not carry out yet: the value that changes nothing, and what to do.
 _NOT_YET: dict[str, tuple[Any, str]] = {
-    "router_aux_loss_coef": (None, "leave it out; the router's balance loss is not added"),
     "f_divergence_type": ("reverse_kl", "use reverse_kl"),
     "ld_alpha": (None, "leave it out"),
     "use_weighting": (False, "leave it off"),
@@ -54,7 +55,14 @@ class DPOConfig(TrainingArguments):
     packing: str = _help(
         "How a batch runs: prefix (each prompt once), varlen (no padding), padded, or auto, the first of these that "
         "gives this model's own log-probs.", "auto")  # fmt: skip
-    attention_backend: str = _help("Attention of packed rows: auto, flash_attn, torch_varlen or sdpa.", "auto")
+    attention_backend: str = _help("Attention of packed rows: auto, flash_attn, torch_varlen, flex or sdpa.", "auto")
+    max_tokens_per_microbatch: int | None = _help(
+        "Cut each batch into forward passes of at most so many tokens, the same number of passes on every process; the "
+        "gradient stays that of the whole batch. A longer pair runs alone.", None)  # fmt: skip
+    train_sampling_strategy: str = _help(
+        "Order of the training rows: random, sequential, group_by_length (rows of like length in a step), "
+        "group_by_prompt (rows with one prompt side by side, so that packing shares it), batch_rebalance (random, with "
+        "each step's rows dealt out so that every pass takes about the same tokens).", "random")  # fmt: skip
     padding_free: bool = _help("TRL's name for running without padding, which packing does.", False)
     pad_to_multiple_of: int | str | None = _help("For packing=padded: pad to a multiple of this.", "auto")
     memory_budget: int | None = _help("Bytes for logits; unset, an eighth of the free memory (64 MiB on a CPU).", None)
@@ -70,7 +78,8 @@ class DPOConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = _help("Keywords of from_pretrained, for a model given by name.")
     trust_remote_code: bool = _help("Let a model given by name run code of its own.", False)
 
-    router_aux_loss_coef: float | None = _help("Not supported yet.", None)
+    router_aux_loss_coef: float | None = _help(
+        "Weight of a mixture of experts' load-balancing loss; unset, that of the model's config.", None)  # fmt: skip
     f_divergence_type: str = _help("Only reverse_kl is supported yet.", "reverse_kl")
     f_alpha_divergence_coef: float = _help("For f_divergence_type=alpha_divergence.", 0.5)
     ld_alpha: float | None = _help("Not supported yet.", None)
@@ -101,6 +110,11 @@ class DPOConfig(TrainingArguments):
         # dimension: a packed row cannot be cut so. Every process reads its own share instead.
         if self.accelerator_config.dispatch_batches:
             raise ValueError("dispatch_batches=True would cut packed rows apart; leave it out of accelerator_config.")
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "split_batches=True would cut packed rows apart; leave it out of accelerator_config and set "
+                "per_device_train_batch_size to what each device is to take."
+            )
         self.accelerator_config.dispatch_batches = False
 
     @property
@@ -119,8 +133,9 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value != neutral:
                 raise ValueError(f"{name}={value!r} is not supported by this version of fastdpo; {remedy}.")
-        self.losses()
+        losses = self.losses()
         choices = {
+            "train_sampling_strategy": SAMPLING_STRATEGIES,
             "packing": ("auto", *PACKINGS),
             "truncation_mode": TRUNCATION_MODES,
             "attention_backend": ("auto", *BACKENDS),
@@ -132,5 +147,17 @@ class DPOConfig(TrainingArguments):
             raise ValueError("padding_free=True and packing='padded' contradict each other; leave one of them out.")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; it must be at least 2, or None for no limit.")
+        if self.max_tokens_per_microbatch is not None:
+            if self.max_tokens_per_microbatch < 1:
+                raise ValueError(
+                    f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch}; it must be above 0, or None."
+                )
+            if not losses.per_pair:
+                raise ValueError(
+                    f"max_tokens_per_microbatch={self.max_tokens_per_microbatch} would change loss_type "
+                    f"{self.loss_type}, which compares the pairs of a whole batch; leave it out."
+                )
+        if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
+            raise ValueError(f"router_aux_loss_coef is {self.router_aux_loss_coef}; it must be 0 or above.")
         if self.memory_budget is not None and self.memory_budget <= 0:
             raise ValueError(f"memory_budget is {self.memory_budget}; it must be a number of bytes above 0, or None.")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from fastdpo.data import tokenize_row
 from fastdpo.data.validate import row_problem
+from fastdpo.models import PositionLimit
 from fastdpo.types import DataError
 
 logger = logging.getLogger(__name__)
@@ -77,3 +80,35 @@ def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str) -> d
         raise DataError(f"{name} data set, row {number} (counted from 0): {problem}")
     references = {key: row[key] for key in REF_COLUMNS if key in row}
     return {**tokenize_row(row, tokenizer), **references}
+
+
+def token_counts(dataset: Dataset, max_length: int | None) -> np.ndarray:
+    """(rows, 3): tokens of prompt, chosen and rejected answer that are left of each row at `max_length`."""
+    parts = []
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        parts.append(np.stack([pc.list_value_length(table[name]).to_numpy() for name in _KEPT[:3]], axis=1))
+    counts = np.concatenate(parts).astype(np.int64)
+    if max_length is not None:
+        counts[:, 0] = np.minimum(counts[:, 0], max_length)
+        counts[:, 1:] = np.minimum(counts[:, 1:], max_length - counts[:, :1])
+    return counts
+
+
+def check_positions(dataset: Any, limit: PositionLimit | None, max_length: int | None, *, name: str) -> None:
+    """Refuses a data set with sequences that the model has no positions for, before anything is run on it.
+
+    Raises:
+        DataError: says how many rows, the longest of them, and the remedy.
+    """
+    if limit is None or not isinstance(dataset, Dataset) or (max_length is not None and max_length <= limit.tokens):
+        return
+    counts = token_counts(dataset, max_length)
+    longest = counts[:, 0] + counts[:, 1:].max(1)
+    too_long = int((longest > limit.tokens).sum())
+    if too_long:
+        row = int(longest.argmax())
+        raise DataError(
+            f"{too_long} of {len(longest)} rows of the {name} data set do not fit: the model has {limit.why}, and the "
+            f"longest row, number {row} (counted from 0), has {longest[row]} tokens; set max_length={limit.tokens} to "
+            "cut them, or leave them out."
+        )

@@ -3,7 +3,8 @@
 What happens to a batch, top to bottom:
 
     PreferenceCollator   rows -> PreferenceBatch                             (fastdpo.packing)
-    compute_loss         calls the model with the batch; the model's own forward, extended by `_install_loss`, runs
+    training_step        a batch cut by tokens runs pass by pass             (fastdpo.trainer.passes)
+    compute_loss         calls the model with the batch; the model's own forward, extended by `extend_forward`, runs
                          backbone, head and loss, so that wrappers (DDP, FSDP, autocast) see one forward
     batch_loss           completion tokens -> log-probs -> loss              (fastdpo.models, fastdpo.functional)
     log                  metrics summed on the device are read once          (fastdpo.trainer.metrics)
@@ -13,26 +14,35 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
-import types
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from fastdpo.device import freed_memory_kept
-from fastdpo.models import batch_loss, causal_lm, evaluating, sequence_logps
+from fastdpo.models import (
+    causal_lm,
+    evaluating,
+    extend_forward,
+    is_mixture_of_experts,
+    position_limit,
+    sequence_logps,
+)
 from fastdpo.packing import PACKINGS, PreferenceBatch, PreferenceCollator
 from fastdpo.reference import precompute, reference_columns
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
 from fastdpo.reference.fingerprint import model_fingerprint
 from fastdpo.trainer.config import DPOConfig
-from fastdpo.trainer.dataset import REF_COLUMNS, prepare_dataset
+from fastdpo.trainer.dataset import REF_COLUMNS, check_positions, prepare_dataset
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
+from fastdpo.trainer.order import pair_sampler
+from fastdpo.trainer.passes import HostCounts, agree, passes_of, without_exchange
 from fastdpo.types import UserError
 from fastdpo.verify import verify_packing
 
@@ -119,6 +129,11 @@ class DPOTrainer(Trainer):
         self._autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self._throughput = Throughput(args.device)
         self._step_flops = StepFlops.of(inner)
+        self._router_aux_loss_coef = _router_aux_loss_coef(inner, args)
+        self._host_counts = HostCounts()
+        limit = position_limit(inner)
+        for name, dataset in self._named_datasets():
+            check_positions(dataset, limit, args.max_length, name=name)
         self.packing = self._choose_packing(inner)
         if data_collator is None:
             self.data_collator = PreferenceCollator(
@@ -127,9 +142,10 @@ class DPOTrainer(Trainer):
                 truncation_mode=args.truncation_mode,
                 pad_token_id=processing_class.pad_token_id or 0,
                 pad_to_multiple_of=args.padding_multiple,
+                max_tokens_per_microbatch=args.max_tokens_per_microbatch,
             )
         self._prepare_reference()
-        _install_loss(inner)
+        extend_forward(inner)
 
     # The reference
 
@@ -150,17 +166,16 @@ class DPOTrainer(Trainer):
             elif self.eval_dataset is not None:
                 self.eval_dataset = self._with_reference(self.eval_dataset)
             return
-        if all(_has_reference(dataset) for dataset in self._datasets()):
+        if all(_has_reference(dataset) for _, dataset in self._named_datasets()):
             return
         if self.ref_model is None and not self._adapters_are_the_policy:
             self.ref_model = copy.deepcopy(self.model)
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval().to(self.args.device)
 
-    def _datasets(self) -> list[Any]:
-        evals = self.eval_dataset
-        parts = list(evals.values()) if isinstance(evals, Mapping) else [evals]
-        return [dataset for dataset in (self.train_dataset, *parts) if dataset is not None]
+    def _named_datasets(self) -> list[tuple[str, Any]]:
+        evals = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
+        return [(name, part) for name, part in {"train": self.train_dataset, **evals}.items() if part is not None]
 
     def _with_reference(self, dataset: Any) -> Any:
         if _has_reference(dataset):
@@ -241,6 +256,7 @@ class DPOTrainer(Trainer):
             "label_smoothing": self.args.label_smoothing,
             "reduction": "sum",
             "memory_budget": self.args.memory_budget,
+            "router_aux_loss_coef": self._router_aux_loss_coef,
         }
 
     def compute_loss(
@@ -254,6 +270,8 @@ class DPOTrainer(Trainer):
         if ref_logps is None and self._losses.needs_reference:
             ref_logps = self._online_reference(inputs)
         output = model(preference_batch=inputs, ref_logps=ref_logps, loss_options=self._loss_options())
+        if inputs.get("weight", 1.0) == 0.0:
+            return (output.loss * 0.0, output) if return_outputs else output.loss * 0.0
         mode = "train" if model.training else "eval"
         mean = output.losses.detach().mean()
         metrics = output.metrics() if mode == "train" else {"loss": mean, **output.metrics()}
@@ -266,23 +284,65 @@ class DPOTrainer(Trainer):
             loss = output.loss * (self.accelerator.num_processes / num_items_in_batch)
         return (loss, output) if return_outputs else loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[PreferenceBatch], device: torch.device) -> Any:
-        """Pairs in the optimizer step, over all processes."""
-        pairs = sum(batch.num_pairs for batch in batch_samples)
-        if self.accelerator.num_processes > 1:
-            return self.accelerator.reduce(torch.tensor(float(pairs), device=device), "sum")
-        return pairs
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], int]:
+        """The batches of an optimizer step, and its pairs over all processes."""
+        return agree(list(itertools.islice(epoch_iterator, num_batches)), self._host_counts)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a batch, pass by pass; gradients are exchanged in the last one only."""
+        passes = passes_of(inputs)
+        state, sync = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        losses = []
+        try:
+            for part in passes[:-1]:
+                state._set_sync_gradients(False)
+                with without_exchange(model) if sync else nullcontext():
+                    losses.append(super().training_step(model, part, num_items_in_batch))
+        finally:
+            state._set_sync_gradients(sync)
+        losses.append(super().training_step(model, passes[-1], num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        (inputs,), _ = agree([inputs], self._host_counts)
+        losses, rewards = [], []
+        for part in passes_of(inputs):
+            part = self._prepare_inputs(part)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, output = self.compute_loss(model, part, return_outputs=True)
+            if part.get("weight", 1.0):
+                losses.append(loss * part.num_pairs)
+                rewards.append(torch.stack([output.chosen_rewards, output.rejected_rewards], dim=1))
+        loss = torch.stack(losses).sum() / inputs.num_pairs
         if prediction_loss_only:
             return loss, None, None
-        rewards = torch.stack([output.chosen_rewards, output.rejected_rewards], dim=1)  # (B, 2)
-        return loss, rewards, torch.zeros_like(rewards[:, 0], dtype=torch.long)  # the label: column 0 is the chosen
+        pairs = torch.cat(rewards)  # (B, 2)
+        return loss, pairs, torch.zeros_like(pairs[:, 0], dtype=torch.long)  # the label: column 0 is the chosen
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of the rows that the arguments ask for; random and sequential are transformers' own."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, Dataset):
+            return super()._get_train_sampler(train_dataset)
+        plain = self.args.train_sampling_strategy in ("random", "sequential")
+        if plain and self.args.max_tokens_per_microbatch is None:
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self._train_batch_size
+        step_size = self.get_total_train_batch_size(self.args)
+        processes = step_size // (batch_size * self.args.gradient_accumulation_steps)
+        self._pair_sampler = pair_sampler(dataset, self.args, self.packing, batch_size, processes)
+        return self._pair_sampler
+
+    def get_train_dataloader(self) -> Any:
+        self._pair_sampler = None
+        loader = super().get_train_dataloader()
+        if self._pair_sampler is not None:
+            # As accelerate does for its own seeded sampler: so that the epoch reaches it also where several processes
+            # resume in the middle of one.
+            loader.set_sampler(self._pair_sampler)
+        return loader
 
     # What transformers.Trainer asks of a subclass
 
@@ -294,7 +354,7 @@ class DPOTrainer(Trainer):
             self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REF_COLUMNS]
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return int(self._step_flops(inputs))
+        return int(sum(map(self._step_flops, passes_of(inputs))))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._step_flops = StepFlops.of(causal_lm(self.model))  # weights may have been frozen since
@@ -359,34 +419,18 @@ def _disable_dropout(model: torch.nn.Module) -> None:
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 (not every module has it)
 
 
+def _router_aux_loss_coef(model: Any, args: DPOConfig) -> float:
+    """The weight of the load-balancing loss: that of `args`, or of the model's config; 0 without experts."""
+    experts = is_mixture_of_experts(model)
+    if args.router_aux_loss_coef is None:
+        return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0) if experts else 0.0
+    if args.router_aux_loss_coef and not experts:
+        raise UserError(
+            f"router_aux_loss_coef={args.router_aux_loss_coef} is for a mixture of experts, and {type(model).__name__} "
+            "is none; leave it out."
+        )
+    return args.router_aux_loss_coef
+
+
 def _has_reference(dataset: Any) -> bool:
     return all(name in (dataset.column_names or ()) for name in REF_COLUMNS)
-
-
-def _install_loss(model: Any) -> None:
-    """Lets `model(preference_batch=..., ref_logps=..., loss_options=...)` return the loss; other calls are as before.
-
-    On the instance, not the class: the loss then runs inside whatever wraps this model's forward. As a bound method
-    that holds nothing else, so that a copy of the model is bound to the copy.
-    """
-    before = model.__dict__.get("forward")
-    if getattr(before, "__func__", None) is not None and hasattr(before, "takes_preference_batch"):
-        return
-    original = type(model).forward
-
-    @functools.wraps(original)
-    def forward(
-        self: Any,
-        *args: Any,
-        preference_batch: Any = None,
-        ref_logps: Any = None,
-        loss_options: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        if preference_batch is not None:
-            return batch_loss(self, preference_batch, ref_logps, **loss_options)
-        # Somebody else's override (offloading hooks, say) goes on working.
-        return original(self, *args, **kwargs) if before is None else before(*args, **kwargs)
-
-    forward.takes_preference_batch = True  # type: ignore[attr-defined]
-    model.forward = types.MethodType(forward, model)

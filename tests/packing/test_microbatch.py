@@ -42,7 +42,7 @@ def test_parts_keep_to_the_budget(count, seed, budget, packing, multiple):
     assert (len(parts) == 1) == (whole.num_tokens <= budget or count == 1)
     for wanted in range(1, count + 3):
         again = parts.into(wanted)
-        assert len(again) == min(wanted, count)
+        assert len(again) == min(wanted, count) and again.passes == wanted
         assert torch.cat([part.target_ids for part in again]).tolist() == whole.target_ids.tolist()
 
 

@@ -1,0 +1,58 @@
+"""An optimizer step in passes of bounded size: as many on every process, gradients exchanged once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from fastdpo.packing import MicroBatches, PreferenceBatch
+
+
+class HostCounts:
+    """Small integers of every process, exchanged on the host: the device is not waited for."""
+
+    def __init__(self) -> None:
+        self._group: Any = None
+
+    def gather(self, values: Sequence[int]) -> list[list[int]]:
+        """The values of each process; all of them call this, with as many values."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return [list(values)]
+        if self._group is None:
+            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        own = torch.tensor(values, dtype=torch.int64)
+        all_values = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(all_values, own, group=self._group)
+        return [each.tolist() for each in all_values]
+
+
+def agree(batches: Sequence[Any], counts: HostCounts) -> tuple[list[Any], int]:
+    """The batches of a step, each cut into as many passes on every process, and the step's pairs over all processes."""
+    lengths = [len(batch) if isinstance(batch, MicroBatches) else 1 for batch in batches]
+    everywhere = counts.gather([sum(batch.num_pairs for batch in batches), *lengths])
+    pairs, *needed = zip(*everywhere, strict=True)
+    cut = [
+        batch.into(max(each)) if isinstance(batch, MicroBatches) else batch
+        for batch, each in zip(batches, needed, strict=True)
+    ]
+    return cut, sum(pairs)
+
+
+def passes_of(batch: Any) -> list[PreferenceBatch]:
+    """The passes of a batch as `agree` cut it. Where a process has fewer pairs than there are passes, it repeats one
+    with weight 0: sharded models exchange weights in every pass, and none may be missing."""
+    if not isinstance(batch, MicroBatches):
+        return [batch]
+    parts = list(batch)
+    idle = PreferenceBatch({**parts[-1], "weight": 0.0})
+    return parts + [idle] * (batch.passes - len(parts))
+
+
+def without_exchange(model: Any) -> Any:
+    """Within it, a backward leaves the gradients of a DistributedDataParallel model on their process."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
