@@ -1,11 +1,13 @@
 """Differentiable operations over the kernels: checks of the arguments, choice of implementation, autograd."""
 
+from fastdpo.ops.gather_kv import gather_kv
 from fastdpo.ops.linear_logps import linear_token_logps, linear_token_logps_with_stats
 from fastdpo.ops.linear_loss import fused_pair_loss, is_fused
 from fastdpo.ops.token_logps import token_logps, token_logps_with_stats
 
 __all__ = [
     "fused_pair_loss",
+    "gather_kv",
     "is_fused",
     "linear_token_logps",
     "linear_token_logps_with_stats",

@@ -50,16 +50,8 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-class RowKernels(NamedTuple):
-    """The functions of these names of one implementation."""
-
-    token_logprobs_fwd: Callable[..., Any]
-    token_logprobs_bwd: Callable[..., Any]
-    token_logprobs_fwd_grad: Callable[..., Any]
-
-
-def row_kernels(impl: str, tensor: Tensor) -> RowKernels:
-    """The row kernels that work on `tensor`.
+def implementation(impl: str, tensor: Tensor) -> str:
+    """Which of "triton" and "eager" works on `tensor`.
 
     "auto" is Triton on a GPU, except for float64, and eager PyTorch elsewhere.
     """
@@ -68,9 +60,7 @@ def row_kernels(impl: str, tensor: Tensor) -> RowKernels:
     if impl == "auto":
         impl = "triton" if on_gpu and has_triton() and tensor.dtype != torch.float64 else "eager"
     if impl == "eager":
-        from fastdpo_kernels import eager
-
-        return RowKernels(eager.token_logprobs_fwd, eager.token_logprobs_bwd, eager.token_logprobs_fwd_grad)
+        return impl
     if tensor.dtype == torch.float64:
         raise ValueError("impl='triton' works in float32 and does not take float64 tensors; use impl='eager' for them.")
     if not has_triton():
@@ -80,14 +70,47 @@ def row_kernels(impl: str, tensor: Tensor) -> RowKernels:
             f"impl='triton' needs a GPU, but the tensor is on {tensor.device}; use impl='auto' or impl='eager', "
             "or set TRITON_INTERPRET=1 before the first call to run the kernels in Triton's interpreter."
         )
+    return impl
+
+
+class RowKernels(NamedTuple):
+    """The functions of these names of one implementation."""
+
+    token_logprobs_fwd: Callable[..., Any]
+    token_logprobs_bwd: Callable[..., Any]
+    token_logprobs_fwd_grad: Callable[..., Any]
+
+
+def row_kernels(impl: str, tensor: Tensor) -> RowKernels:
+    """The row kernels that work on `tensor`."""
+    if implementation(impl, tensor) == "eager":
+        from fastdpo_kernels import eager
+
+        return RowKernels(eager.token_logprobs_fwd, eager.token_logprobs_bwd, eager.token_logprobs_fwd_grad)
     from fastdpo_kernels.token_logprobs import token_logprobs_bwd, token_logprobs_fwd
     from fastdpo_kernels.token_logprobs_grad import token_logprobs_fwd_grad
 
     return RowKernels(token_logprobs_fwd, token_logprobs_bwd, token_logprobs_fwd_grad)
 
 
+class GatherKernels(NamedTuple):
+    """The functions of these names of one implementation."""
+
+    gather_kv_fwd: Callable[..., tuple[Tensor, Tensor]]
+    gather_kv_bwd: Callable[..., tuple[Tensor, Tensor]]
+
+
+def gather_kernels(impl: str, tensor: Tensor) -> GatherKernels:
+    """The gathers that work on `tensor`."""
+    if implementation(impl, tensor) == "eager":
+        from fastdpo_kernels.eager import gather_kv_bwd, gather_kv_fwd
+    else:
+        from fastdpo_kernels.gather_kv import gather_kv_bwd, gather_kv_fwd
+    return GatherKernels(gather_kv_fwd, gather_kv_bwd)
+
+
 def check_impl(impl: str) -> None:
-    """Whether it can serve a tensor shows when it is asked to: see `row_kernels`."""
+    """Whether it can serve a tensor shows when it is asked to: see `implementation`."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
 

@@ -1,1 +1,1 @@
-"""Kernels of fastdpo: logits or hidden states to log-probabilities, in Triton and in plain PyTorch."""
+"""Kernels of fastdpo, in Triton and in plain PyTorch: logits to log-probabilities, and the gather of shared keys."""

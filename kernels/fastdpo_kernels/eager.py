@@ -1,4 +1,5 @@
-"""Log-probabilities of given tokens from logits, in plain PyTorch: the functions of `token_logprobs` on any device.
+"""The functions of the Triton kernels in plain PyTorch, on any device: log-probabilities of given tokens from logits,
+and at the end the gather of keys and values.
 
 For a row x of V logits and its label y, with s = logit_scale, T = temperature, c = softcap:
 
@@ -7,8 +8,9 @@ For a row x of V logits and its label y, with s = logit_scale, T = temperature, 
     logp = (z_y - m) - log S
     d logp / d x_j = ([j = y] - exp(z_j - m) / S) dz_j/dx_j
 
-Rows are processed in chunks through one buffer that is written over and over: on a CPU the passes over a chunk then run
-in the cache, and beside its results a call allocates no more than a few chunks. Nothing here waits for a CUDA device.
+Rows of logits are processed in chunks through one buffer that is written over and over: on a CPU the passes over a
+chunk then run in the cache, and beside its results a call allocates no more than a few chunks. Nothing here waits for a
+CUDA device.
 """
 
 import math
@@ -266,3 +268,31 @@ def token_logprobs_bwd(
             target.copy_(dx)
     out[done:] = 0.0
     return out
+
+
+def gather_kv_fwd(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """(key.index_select(0, index), value.index_select(0, index)), the gathered keys and values.
+
+    key (T, H, d), value (T, H, dv) bf16, fp16, fp32 or fp64, any strides; index (K,) int64 in [0, T). Returns
+    (K, H, d) and (K, H, dv), contiguous.
+    """
+    return key.index_select(0, index), value.index_select(0, index)
+
+
+def gather_kv_bwd(grad_key: Tensor, grad_value: Tensor, copies: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """For both gradients x: out[t] = x.float()[copies[offsets[t] : offsets[t + 1]]].sum(0), rounded to the dtype of x.
+
+    grad_key (K, H, d), grad_value (K, H, dv) bf16, fp16, fp32 or fp64 (for which the sum is float64), any strides;
+    copies (K,) int64 in [0, K) and offsets (T + 1,) int64, ascending from 0 to K. Returns (T, H, d) and (T, H, dv),
+    contiguous. Added in the order of `copies`: the same numbers every time. A row without copies gets zeros.
+    """
+    return _sum_of_copies(grad_key, copies, offsets), _sum_of_copies(grad_value, copies, offsets)
+
+
+def _sum_of_copies(grad: Tensor, copies: Tensor, offsets: Tensor) -> Tensor:
+    """(K, H, d) -> (T, H, d)."""
+    # A bag of embeddings is summed by one thread in the order of its indices, on a GPU too, where index_add_ is atomic.
+    # On a CPU it is the fastest way there is, but rounds ties of bf16 upwards: hence the cast here, and back.
+    rows = grad.to(_arithmetic_dtype(grad)).flatten(1)  # (K, H d)
+    sums = torch.nn.functional.embedding_bag(copies, rows, offsets, mode="sum", include_last_offset=True)
+    return sums.to(grad.dtype).view(len(sums), *grad.shape[1:])

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
-from fastdpo_kernels import token_logprobs, token_logprobs_grad
+from fastdpo_kernels import gather_kv, token_logprobs, token_logprobs_grad
 
 # (V, row stride, elements before the first row) of logits without edges, and with edges: rows that begin or end inside
 # a 16-byte vector. One kernel serves all shapes of a kind.
@@ -30,6 +30,10 @@ SHAPES = {
     False: [(128256, 128256, 0), (49152, 49168, 8), (8200, 8200, 16)],
     True: [(50257, 50259, 1), (32001, 32001, 0), (128256, 128257, 0), (49152, 49152, 3)],
 }
+
+# (H, d, dv) of keys and values, and (T, K, heads first) of what one kernel each way serves.
+HEADS = [(8, 128, 128), (16, 192, 128), (5, 80, 80)]
+GATHERS = [(160, 256, True), (33, 47, False), (7, 7, True)]
 
 
 class MockDriver:
@@ -125,6 +129,33 @@ def variants(essential: bool) -> Iterator[tuple[dict[str, Any], Any]]:
                 seen |= ids
 
 
+def gather_launch(heads: tuple[int, int, int], rows: tuple[int, int, bool], dtype: torch.dtype) -> dict[str, Any]:
+    """The kernels that the launchers start for keys and values in this place."""
+    (h, *sizes), (num_rows, num_gathered, heads_first) = heads, rows
+
+    def tensors(n: int) -> list[Tensor]:
+        if heads_first:
+            return [torch.empty(h, n, size, dtype=dtype).transpose(0, 1) for size in sizes]
+        return [torch.empty(n, h, size, dtype=dtype) for size in sizes]
+
+    index, offsets = torch.zeros(num_gathered, dtype=torch.int64), torch.zeros(num_rows + 1, dtype=torch.int64)
+    forward, backward = CompileOnly(gather_kv._gather_kv_fwd_kernel), CompileOnly(gather_kv._gather_kv_bwd_kernel)
+    with mock.patch.multiple(gather_kv, _gather_kv_fwd_kernel=forward, _gather_kv_bwd_kernel=backward):
+        gather_kv.gather_kv_fwd(*tensors(num_rows), index)
+        gather_kv.gather_kv_bwd(*tensors(num_gathered), index, offsets)
+    return {"gather": forward.compiled, "gather backward": backward.compiled}
+
+
+def gather_variants(essential: bool) -> Iterator[tuple[dict[str, Any], Any]]:
+    """As `variants`; the heads that need the most registers are the last."""
+    for heads, dtype in itertools.product(HEADS[-1:] if essential else HEADS, (torch.bfloat16, torch.float32)):
+        launches = [gather_launch(heads, rows, dtype) for rows in GATHERS]
+        for kernel, compiled in launches[0].items():
+            name = f"{str(dtype).removeprefix('torch.')} {' '.join(map(str, heads))}"
+            count = len({id(kernels[kernel]) for kernels in launches})
+            yield {"kernel": kernel, "variant": name, "kernels": count}, compiled
+
+
 def cuda_resources(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -159,7 +190,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     for gpu in arguments.gpu:
         triton.runtime.driver.set_active(MockDriver(gpu))
-        for what, kernel in variants(arguments.essential):
+        for what, kernel in itertools.chain(variants(arguments.essential), gather_variants(arguments.essential)):
             asm = kernel.asm
             made = cuda_resources(asm["cubin"]) if "cubin" in asm else hip_resources(asm["amdgcn"])
             print(json.dumps({"gpu": gpu, **what, **made}), flush=True)

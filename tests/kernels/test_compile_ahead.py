@@ -12,13 +12,14 @@ import torch
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the GPU that is here compiles what it runs", allow_module_level=True)
-from fastdpo_kernels import token_logprobs
+from fastdpo_kernels import gather_kv, token_logprobs
 
 BLOCK = {
     "forward": token_logprobs.FORWARD_BLOCK,
     "backward": token_logprobs.BACKWARD_BLOCK,
     "one pass": token_logprobs.BACKWARD_BLOCK,
 }
+GATHER_TILE = {"gather": gather_kv.FORWARD_TILE, "gather backward": gather_kv.BACKWARD_TILE}
 ESSENTIAL = ["sm_86", "sm_89", "sm_120"]
 
 
@@ -40,14 +41,18 @@ def test_no_spills_and_wide_access(gpu, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == (7 if gpu in ESSENTIAL else 42)
-    threads = token_logprobs.NUM_WARPS * (64 if gpu.startswith("gfx") else 32)
+    assert len(rows) == (7 + 4 if gpu in ESSENTIAL else 42 + 12)
+    lanes = 64 if gpu.startswith("gfx") else 32
     for row in rows:
         print("{gpu} {kernel} {variant}: {registers} registers, {loads}, {stores}".format(**row))
         assert row["spills"] == 0, row
-        assert row["kernels"] == 1, row  # whatever V, row stride, ignore_index, alignment of the labels
+        assert row["kernels"] == 1, row  # whatever V, row stride, ignore_index, alignment of the labels; T, K, layout
 
-        bytes_of_thread = BLOCK[row["kernel"]] * (2 if "bfloat16" in row["variant"] else 4) // threads
+        size = 2 if "bfloat16" in row["variant"] else 4
+        if row["kernel"] in GATHER_TILE:
+            check_gather(row, GATHER_TILE[row["kernel"]] * size // (gather_kv.NUM_WARPS * lanes))
+            continue
+        bytes_of_thread = BLOCK[row["kernel"]] * size // (token_logprobs.NUM_WARPS * lanes)
         wide, narrow = split_by_width(row["loads"])
         if "other rows" not in row["variant"]:  # aligned as `out`, or narrow
             # Label, its logit or two norms and the gradient, edges: once a row. A loop over V that loads narrowly has
@@ -57,3 +62,20 @@ def test_no_spills_and_wide_access(gpu, tmp_path):
             wide, narrow = split_by_width(row["stores"])
             assert wide >= 2 * bytes_of_thread // 16, row  # gradients, and zeros of ignored rows
             assert narrow <= 2 * ("edges" in row["variant"]), row
+
+
+def check_gather(row, bytes_of_thread):
+    """Keys and values move in vectors of 16 bytes; of less, only where a thread has no more of a tile."""
+    vector = min(16, bytes_of_thread)
+
+    def of_vectors(counts):
+        return sum(n for name, n in counts.items() if name.endswith({16: (".128", "x4"), 8: (".64", "x2")}[vector]))
+
+    backward = row["kernel"] == "gather backward"
+    copies = gather_kv.FIRST_COPIES.value + gather_kv.COPIES_A_ROUND.value if backward else 1
+    stores = 2 * bytes_of_thread // vector  # of keys and values
+    loads, places = copies * stores, sum(row["loads"].values()) - copies * stores
+    assert of_vectors(row["loads"]) >= loads, row
+    # A thread has up to eight rows of a tile forward, two backward. Each has an index a copy, and two offsets.
+    assert 0 < places <= (2 * (copies + 4) if backward else 8), row
+    assert of_vectors(row["stores"]) == sum(row["stores"].values()) == stores, row

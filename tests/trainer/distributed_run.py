@@ -11,7 +11,7 @@ from tiny import random_rows, tiny_model, word_tokenizer
 from fastdpo import DPOConfig, DPOTrainer
 
 torch.set_num_threads(1)
-folder, precompute = Path(sys.argv[1]), sys.argv[2] == "precompute"
+folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 trainer = DPOTrainer(
     tiny_model(),
     args=DPOConfig(
@@ -24,12 +24,15 @@ trainer = DPOTrainer(
         save_strategy="no",
         disable_tqdm=True,
         logging_steps=1,
-        precompute_ref_log_probs=precompute,
+        **options,
     ),
-    train_dataset=random_rows(32),
+    train_dataset=random_rows(32, prompt=(2, 30)),
     processing_class=word_tokenizer(),
 )
+passes, forward = [], trainer.compute_loss
+trainer.compute_loss = lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs)
 trainer.train()
+(folder / f"passes-{trainer.args.process_index}.json").write_text(json.dumps(len(passes)))
 if trainer.is_world_process_zero():
     names = ("loss", "grad_norm", "rewards/margins", "logps/chosen")
     logs = [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
