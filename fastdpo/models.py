@@ -89,7 +89,8 @@ def _backbone(model: Any, batch: PreferenceBatch, attention_backend: str, **opti
         backbone = getattr(model, "model", model)
     if backbone is model:
         raise ValueError(f"{type(model).__name__} does not tell its backbone apart from its head (base_model_prefix).")
-    _check_lengths(model, batch)
+    if not torch.compiler.is_compiling():
+        _check_lengths(model, batch)
     inputs = options | {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if batch.packing == "padded":
         output = backbone(**inputs, attention_mask=batch.attention_mask)
@@ -234,7 +235,7 @@ def batch_loss(
     options |= {"attention_backend": attention_backend, "router_aux_loss_coef": router_aux_loss_coef}
     if _has_wrapper(model):
         extend_forward(inner)
-        return model(preference_batch=batch, ref_logps=ref_logps, loss_options=options)
+        return LossOutput.from_dict(model(preference_batch=batch, ref_logps=ref_logps, loss_options=options))
     return _batch_loss(inner, batch, ref_logps, **options)
 
 
@@ -276,7 +277,7 @@ def _has_wrapper(model: Any) -> bool:
 
 def extend_forward(inner: Any) -> None:
     """Lets a causal LM take `preference_batch=`: `inner(preference_batch=..., ref_logps=..., loss_options=...)` is
-    `batch_loss`, and with `pass_options=` in their place `sequence_logps`. Other calls are as before.
+    `batch_loss(...).to_dict()`, and with `pass_options=` in their place `sequence_logps`. Other calls are as before.
 
     On the instance, not the class: the pass then runs inside whatever wraps this model's forward. As a bound method
     that holds nothing else, so that a copy of the model is bound to the copy.
@@ -297,7 +298,7 @@ def extend_forward(inner: Any) -> None:
         **kwargs: Any,
     ) -> Any:
         if preference_batch is not None and loss_options is not None:
-            return _batch_loss(self, preference_batch, ref_logps, **loss_options)
+            return _batch_loss(self, preference_batch, ref_logps, **loss_options).to_dict()
         if preference_batch is not None:
             return _sequence_logps(self, preference_batch, **pass_options)
         # Somebody else's override (offloading hooks, say) goes on working.

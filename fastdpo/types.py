@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,16 @@ class LossOutput:
     rejected_rewards: Tensor
     tokens: TokenMetrics | None = None
     aux_loss: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are; what a wrapped model's forward returns, for wrappers look for tensors in dicts."""
+        tokens = None if self.tokens is None else dict(vars(self.tokens))
+        return {**vars(self), "tokens": tokens}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> LossOutput:
+        tokens = fields["tokens"]
+        return cls(**{**fields, "tokens": None if tokens is None else TokenMetrics(**tokens)})
 
     def metrics(self) -> dict[str, Tensor]:
         """Batch means under the names that trainers log; 0-d tensors on the device, so that nothing waits for it."""

@@ -43,7 +43,7 @@ from fastdpo.trainer.dataset import REF_COLUMNS, check_positions, prepare_datase
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.order import pair_sampler
 from fastdpo.trainer.passes import HostCounts, agree, passes_of, without_exchange
-from fastdpo.types import UserError
+from fastdpo.types import LossOutput, UserError
 from fastdpo.verify import verify_packing
 
 logger = logging.getLogger(__name__)
@@ -269,7 +269,8 @@ class DPOTrainer(Trainer):
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None and self._losses.needs_reference:
             ref_logps = self._online_reference(inputs)
-        output = model(preference_batch=inputs, ref_logps=ref_logps, loss_options=self._loss_options())
+        fields = model(preference_batch=inputs, ref_logps=ref_logps, loss_options=self._loss_options())
+        output = LossOutput.from_dict(fields)
         if inputs.get("weight", 1.0) == 0.0:
             return (output.loss * 0.0, output) if return_outputs else output.loss * 0.0
         mode = "train" if model.training else "eval"

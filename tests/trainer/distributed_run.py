@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from tiny import random_rows, tiny_model, word_tokenizer
+from torch.distributed.tensor import DTensor
 
 from fastdpo import DPOConfig, DPOTrainer
 
@@ -29,9 +31,18 @@ trainer = DPOTrainer(
     train_dataset=random_rows(32, prompt=(2, 30)),
     processing_class=word_tokenizer(),
 )
+if "fsdp" in options:  # accelerate shards models on GPUs only, unless told that it is on some
+    trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+    )
 passes, forward = [], trainer.compute_loss
 trainer.compute_loss = lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs)
 trainer.train()
+weight = trainer.model.get_input_embeddings().weight
+sharded = {"fsdp2": isinstance(weight, DTensor), "zero3": hasattr(weight, "ds_id")}
+system = next((name for name, found in sharded.items() if found), type(trainer.model_wrapped).__name__)
+(folder / "system.json").write_text(json.dumps(system))
 (folder / f"passes-{trainer.args.process_index}.json").write_text(json.dumps(len(passes)))
 if trainer.is_world_process_zero():
     names = ("loss", "grad_norm", "rewards/margins", "logps/chosen")

@@ -15,12 +15,17 @@ ROOT = HERE.parent.parent
 def curve(folder, processes, **options):
     """The logged figures of a run, and how many passes each process took."""
     folder.mkdir()
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
+    paths = [str(ROOT / part) for part in (".", "kernels", "tests")] + [os.environ.get("PYTHONPATH", "")]
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+        "FASTDPO_CACHE": str(folder / "cache"),
+        "DS_ACCELERATOR": "cpu",
+    }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     subprocess.run(
         [sys.executable, *launcher, str(HERE / "distributed_run.py"), str(folder), json.dumps(options)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "FASTDPO_CACHE": str(folder / "cache")},
-        check=True, capture_output=True, timeout=300,
+        env=os.environ | environment, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     passes = [json.loads((folder / f"passes-{i}.json").read_text()) for i in range(processes)]
     return json.loads((folder / "curve.json").read_text()), passes
@@ -36,14 +41,34 @@ def test_two_processes_train_as_one(tmp_path, reference):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-4)
 
 
+SYSTEMS = {
+    "DistributedDataParallel": {},
+    "fsdp2": {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+    },
+    "zero3": {
+        "deepspeed": {
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            **dict.fromkeys(
+                ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto"
+            ),
+        }
+    },
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_two_processes_take_as_many_passes_and_train_as_one(tmp_path, strategy):
-    options = {"train_sampling_strategy": strategy, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
-    runs = {}
-    for name, processes, budget in (("whole", 1, None if strategy != "random" else 10**6), ("cut", 2, 70)):
-        runs[name] = curve(tmp_path / name, processes, max_tokens_per_microbatch=budget, **options)
-    (whole, _), (cut, passes) = runs["whole"], runs["cut"]
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_two_processes_take_as_many_passes_and_train_as_one(tmp_path, system):
+    """With batches cut by tokens and accumulated; the weights whole, or sharded over the two."""
+    if system == "zero3":
+        pytest.importorskip("deepspeed")
+    options = {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    whole, _ = curve(tmp_path / "whole", 1, max_tokens_per_microbatch=10**6, **options)
+    cut, passes = curve(tmp_path / "cut", 2, max_tokens_per_microbatch=70, **options, **SYSTEMS[system])
+    assert json.loads((tmp_path / "cut" / "system.json").read_text()) == system
     assert len(whole) == 4
     for a, b in zip(whole, cut, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-4)

@@ -191,3 +191,19 @@ def test_options_are_refused_when_the_config_is_built(tmp_path, options, message
 def test_a_backend_that_is_not_there_is_refused_at_construction(tmp_path):
     with pytest.raises(UserError, match=r"'flash_attn' (is not there; pip install flash-attn|runs on GPUs only)"):
         trainer(tmp_path, packing="prefix", attention_backend="flash_attn")
+
+
+def test_a_compiled_run_has_the_same_curve_and_compiles_no_more_for_new_lengths(tmp_path):
+    from torch._dynamo.utils import counters
+
+    options = {"max_steps": 5, "train_sampling_strategy": "sequential"}
+    plain = trainer(tmp_path, **options)
+    plain.train()
+    torch._dynamo.reset()
+    counters.clear()
+    run = trainer(tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **options)
+    graphs, step = [], run.training_step
+    run.training_step = lambda *args: (step(*args), graphs.append(counters["stats"]["unique_graphs"]))[0]
+    run.train()
+    assert losses_of(run) == pytest.approx(losses_of(plain), rel=1e-5)
+    assert 0 < graphs[1] == graphs[-1]
