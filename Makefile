@@ -8,11 +8,12 @@ GPU_PYTHON ?= python3
 GPU_ENV := PYTHONPATH=.:kernels:tests PYTHONUNBUFFERED=1
 RESULTS ?= benchmarks/results
 
-.PHONY: help demo test lint format bench bench-step bench-kernels tables test-gpu bench-gpu clean
+.PHONY: help demo test lint format bench bench-step bench-kernels tables docs test-gpu bench-gpu clean
 help:
 	@echo "make demo      a small real model changes its mind, in minutes"
 	@echo "make test      the test suite        make lint      ruff and mypy       make format   ruff, writing"
 	@echo "make bench     fastdpo and TRL side by side on this machine's CPU       make tables   the README's tables"
+	@echo "make docs      docs/architectures.md, found by running tiny models"
 	@echo "make test-gpu  the tests on a GPU    make bench-gpu the benchmarks on a GPU (both without .venv)"
 
 demo: $(VENV)/.demo
@@ -33,11 +34,14 @@ format: $(VENV)/.dev
 bench: bench-step bench-kernels tables
 bench-step: $(VENV)/.bench
 	$(BIN)/python benchmarks/step/hh_cpu.py
+	$(BIN)/python benchmarks/step/train_step.py --results benchmarks/results
 bench-kernels: $(VENV)/.bench
 	$(BIN)/python benchmarks/kernels/cpu_claims.py --results benchmarks/results
 
 tables:
 	$(PYTHON) benchmarks/tables.py
+docs: $(VENV)/.dev
+	$(BIN)/python docs/architectures.py
 
 test-gpu:
 	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu.py test --results $(RESULTS)

@@ -41,8 +41,9 @@ def parts(kind: str, results: str) -> dict[str, tuple[list[str], int]]:
             "attention and models": ([*pytest, "tests/attention", "tests/test_models.py"], 120),
         }
     return {
-        "kernels": (["benchmarks/kernels/logprobs.py", "--results", results], 260),
-        "packing": (["benchmarks/step/packing.py", "--results", results], 240),
+        "kernels": (["benchmarks/kernels/logprobs.py", "--seconds", "175", "--results", results], 231),
+        "gather": (["benchmarks/kernels/gather.py", "--results", results], 60),
+        "train step": (["benchmarks/step/train_step.py", "--results", results], 213),
     }
 
 

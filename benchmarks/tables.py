@@ -14,6 +14,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MISSING = "not measured"
+sys.path.insert(0, str(ROOT / "benchmarks" / "step"))
+
+from workloads import PLANS, Part  # noqa: E402
 
 
 def results(name: str) -> list[dict[str, Any]]:
@@ -46,6 +49,58 @@ def step_hh_cpu() -> str:
     return "\n".join(lines).strip() or f"{MISSING}: run `make bench`"
 
 
+STEP_COMMANDS = {"cpu": "make bench", "cuda": "make bench-gpu"}
+STEP_DEVICES = {"cpu": "on a CPU", "cuda": "on a GPU"}
+BASELINES = {"trl": "TRL", "plain": "a plain padded step"}
+
+
+def train_step() -> str:
+    """Prefix packing in every planned part, a table a device; a device of a kind that nobody has measured says so."""
+    records = results("train_step")
+    tables = []
+    for kind in STEP_COMMANDS:
+        tables += [_steps(kind, record) for record in records if record["device_type"] == kind] or [_steps(kind, None)]
+    return "\n\n".join(tables)
+
+
+def _steps(kind: str, record: dict[str, Any] | None) -> str:
+    device = STEP_DEVICES[kind] if record is None else record["device"]
+    lines = [f"| {device} | pairs/s | speed-up | FLOP ratio | memory ratio |", "|---|---:|---:|---:|---:|"]
+    for planned in PLANS[kind]:
+        part = None if record is None else _measured(record, planned)
+        row = {} if part is None else part["contestants"]["prefix"]
+        if part is None or row["pairs_per_second"] is None:
+            cells = [f"{MISSING} (`{STEP_COMMANDS[kind]}`)", "", "", ""]
+        else:
+            memory = row["memory_ratio"]
+            cells = [f"{row['pairs_per_second']:.3g}", _against(part, "speedup"), _against(part, "flop_ratio"),
+                     MISSING if memory is None else f"{memory:.2f}"]  # fmt: skip
+        lines.append(f"| {planned} | " + " | ".join(cells) + " |")
+    if record is not None:
+        lines += ["", f"{source(record)}.{_step_goals(record['goals'])}"]
+    return "\n".join(lines)
+
+
+def _step_goals(goals: list[dict[str, Any]]) -> str:
+    """How many were met, and which were not."""
+    if not goals:
+        return ""
+    rest = [f"{goal['goal']}, {goal['model']} {goal['shape']}: {goal['verdict']}" for goal in goals]
+    rest = [text for text, goal in zip(rest, goals, strict=True) if goal["verdict"] != "met"]
+    return f" Goals met: {len(goals) - len(rest)} of {len(goals)}" + (f" ({'; '.join(rest)})." if rest else ".")
+
+
+def _measured(record: dict[str, Any], planned: Part) -> dict[str, Any] | None:
+    wanted = (planned.model, planned.shape, planned.pairs)
+    return next((part for part in record["parts"] if (part["model"], part["shape"], part["pairs"]) == wanted), None)
+
+
+def _against(part: dict[str, Any], key: str) -> str:
+    """A ratio of prefix packing, and what to; without a baseline (out of memory, say) there is none."""
+    ratio = part["contestants"]["prefix"][key]
+    return MISSING if ratio is None else f"{ratio:.2f}× {BASELINES[part['baseline']]}"
+
+
 KERNEL_CASES = {
     ("logits", "no grad"): "log-probs from logits, no gradient",
     ("logits", "gradient"): "log-probs from logits, with gradient",
@@ -63,7 +118,7 @@ def gpu() -> str:
     lines = ["| on a GPU | |", "|---|---|"]
     if not kernels:
         lines.append(f"| log-probs from logits, share of copy bandwidth | {MISSING} (`make bench-gpu`) |")
-    lines.append(f"| training step, prefix packing over a plain padded step | {_packing(results('packing'))} |")
+    lines.append(f"| training step, speed-up of prefix packing | {_speedups(results('train_step'))} |")
     return "\n\n".join([*kernels, "\n".join(lines)])
 
 
@@ -132,16 +187,15 @@ def kernels_cpu() -> str:
     return "\n".join(lines).strip() or f"{MISSING}: run `{command}`"
 
 
-def _packing(records: list[dict[str, Any]]) -> str:
+def _speedups(records: list[dict[str, Any]]) -> str:
     cells = []
     for record in records:
-        for name, shape in record["shapes"].items():
-            speedup = shape["variants"]["prefix"]["speedup_over_plain"]
-            cells.append(f"{record['device']}, {name}: {MISSING if speedup is None else f'{speedup:.2f}×'}")
+        for part in record["parts"] if record["device_type"] == "cuda" else ():
+            cells.append(f"{record['device']}, {part['model']}, {part['shape']}: {_against(part, 'speedup')}")
     return "; ".join(cells) or f"{MISSING} (`make bench-gpu`)"
 
 
-TABLES = {"step_hh_cpu": step_hh_cpu, "gpu": gpu, "kernels_cpu": kernels_cpu}
+TABLES = {"step_hh_cpu": step_hh_cpu, "train_step": train_step, "gpu": gpu, "kernels_cpu": kernels_cpu}
 
 
 def filled(text: str) -> str:

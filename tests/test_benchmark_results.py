@@ -138,3 +138,37 @@ def test_cpu_table_from_results(tmp_path, monkeypatch):
         "| log-probs from logits, with gradient, N=2048 V=49152 | 0.50 | 0.25 | 0.12 |",
         "| log-probs from logits, with gradient, in place, N=2048 V=49152 | 0.40 | not measured | not measured |",
     ]
+
+
+def test_train_step_table_from_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    table = tables.train_step()
+    planned = [part for kind in ("cpu", "cuda") for part in tables.PLANS[kind]]
+    assert table.count("not measured") == len(planned)
+    assert all(f"| {part} | not measured" in table for part in planned)
+
+    def part(shape, pairs, prefix, baseline="trl"):
+        return {"model": "1B", "shape": shape, "pairs": pairs, "baseline": baseline, "contestants": {"prefix": prefix}}
+
+    hh = {"pairs_per_second": 412.34, "speedup": 3.456, "flop_ratio": 3.9, "memory_ratio": None}
+    disagreed = dict.fromkeys(hh)
+    goals = [{"goal": "speed-up", "model": "1B", "shape": "hh", "verdict": verdict} for verdict in ("met", "missed")]
+    alone = hh | dict.fromkeys(("speedup", "flop_ratio"))
+    parts = [
+        part("hh", 32, hh),
+        part("instruct", 16, disagreed, None),
+        part("long prompt", 1, hh),
+        part("long answer", 8, alone, None),
+    ]
+    write(tmp_path, "train_step", {"device_type": "cuda", "parts": parts, "goals": goals})
+    lines = tables.train_step().splitlines()
+    assert "| NVIDIA H200 | pairs/s | speed-up | FLOP ratio | memory ratio |" in lines
+    assert "| 1B, hh, 32 pairs | 412 | 3.46× TRL | 3.90× TRL | not measured |" in lines
+    assert any(line.startswith("| 1B, instruct, 16 pairs | not measured") for line in lines)
+    assert any(
+        line.startswith("| 1B, long prompt, 8 pairs | not measured") for line in lines
+    )  # another number of pairs
+    assert "| 1B, long answer, 8 pairs | 412 | not measured | not measured | not measured |" in lines
+    assert lines[-1].endswith("Goals met: 1 of 2 (speed-up, 1B hh: missed).")
+    assert "| 135M, hh, 4 pairs | not measured (`make bench`) |" in tables.train_step()
+    assert "NVIDIA H200, 1B, hh: 3.46× TRL; NVIDIA H200, 1B, instruct: not measured" in tables.gpu()

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "kernels")]
 
 import cpu_claims  # noqa: E402
+import gather  # noqa: E402
 import logprobs  # noqa: E402
 from problems import HeadProblem, LogitsProblem, naive_logps  # noqa: E402
 from runner import FIGURES, Run, measure  # noqa: E402
@@ -58,10 +59,63 @@ def test_kernel_benchmark_runs_at_toy_size(tmp_path):
                 assert (row["backward_ms"] is None) == (mode == "no grad")
 
 
-def test_packing_benchmark_runs_at_toy_size(tmp_path):
-    run("benchmarks/step/packing.py", "--tiny", "--results", str(tmp_path))
-    (written,) = tmp_path.glob("*/tiny-packing.json")
-    assert all(shape["numbers_agree"] for shape in json.loads(written.read_text())["shapes"].values())
+def test_train_step_benchmark_runs_at_toy_size(tmp_path):
+    out = run("benchmarks/step/train_step.py", "--tiny", "--shapes", "hh", "8 completions", "--results", str(tmp_path))
+    (written,) = tmp_path.glob("*/tiny-train_step.json")
+    record = json.loads(written.read_text())
+    assert record["complete"] and record["problems"] == []
+    assert [part["shape"] for part in record["parts"]] == ["hh", "8 completions"]
+    for part in record["parts"]:
+        rows = part["contestants"]
+        assert list(rows) == ["prefix", "varlen", "padded", "naive", "plain", "trl"]
+        without_trl = importlib.util.find_spec("trl") is None
+        assert rows.pop("trl")["status"] == ("not installed" if without_trl else "measured"), out
+        assert {row["status"] for row in rows.values()} == {"measured"}, out
+        assert part["baseline"] == ("plain" if without_trl else "trl")
+        assert rows["prefix"]["tokens"] < rows["varlen"]["tokens"] <= rows["padded"]["tokens"]
+
+
+def test_gather_benchmark_runs_at_toy_size(tmp_path):
+    run("benchmarks/kernels/gather.py", "--tiny", "--results", str(tmp_path))
+    (written,) = tmp_path.glob("*/tiny-gather.json")
+    parts = json.loads(written.read_text())["parts"]
+    assert [part["group"] for part in parts[::2]] == list(gather.GROUPS)
+    for part in parts:
+        assert part["k"] > part["t"] > 0 and part["work"] == 4 * (part["t"] + part["k"]) * 2 * 16 * 4
+        assert part["variants"]["fastdpo"]["same_every_time"]
+        for row in part["variants"].values():
+            assert row["numbers_agree"] and row["ms"] > 0
+            assert row["share_of_ceiling"] == pytest.approx(part["work"] / row["ms"] * 1e3 / part["ceiling_per_second"])
+
+
+def test_gather_benchmark_has_the_rows_of_its_groups():
+    num_rows, index = gather.gathered_rows((3, (2, 1)), tokens=13)
+    assert num_rows == 12
+    assert index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 10, 6, 7, 8, 11]
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient"])
+def test_a_wrong_gather_gets_no_time(monkeypatch, wrong):
+    class WrongGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.01 * grad
+
+    def wrong_gather(key, value, index, copies, offsets):
+        value = WrongGradient.apply(value) if wrong == "gradient" else value + 1e-6
+        return key.index_select(0, index), value.index_select(0, index)
+
+    monkeypatch.setattr(gather, "gather_kv", wrong_gather)
+    case = gather.Case("pair, short", "heads first", 500, 2, 16, CPU)
+    part = gather.measure(case, ceiling=1e9, repeats=1, warmup=0)
+    row = part["variants"]["fastdpo"]
+    assert not row["numbers_agree"] and all(row[figure] is None for figure in gather.FIGURES)
+    assert part["variants"]["index_select"]["ms"] > 0
+    assert "numbers disagree" in gather.report(part)
 
 
 def test_work_is_that_of_the_fewest_passes():

@@ -1,0 +1,179 @@
+"""The train-step benchmark: its counted FLOPs, what it may print, and that nothing stops it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "step")]
+
+import contestants  # noqa: E402
+import step_goals  # noqa: E402
+import train_step  # noqa: E402
+import workloads  # noqa: E402
+from contestants import Contestant, Contestants  # noqa: E402
+from flops import ModelFlops  # noqa: E402
+from workloads import PLANS, Part  # noqa: E402
+
+CPU = torch.device("cpu")
+PART = Part("tiny", "instruct", 2, scale=0.05)
+
+
+@pytest.fixture
+def without_trl(monkeypatch):
+    monkeypatch.setattr(contestants, "TRL_NEEDS", ("no-such-package",))
+
+
+def tiny_model(checkpointing=False):
+    return train_step.make_model("tiny", CPU, torch.float32, checkpointing)
+
+
+def measured(made=None, part=PART):
+    model = tiny_model()
+    mine = Contestants(model, CPU)
+    if made:
+        all_of = mine.of
+        mine.of = lambda rows: {**all_of(rows), **{name: make(all_of(rows)) for name, make in made.items()}}
+    return train_step.measure(part, model, mine, False, 2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_formulas_are_what_the_flop_counter_sees(checkpointing):
+    model = tiny_model(checkpointing)
+    flops = ModelFlops.of(model.config)
+    rows = workloads.rows(Part("tiny", "instruct", 2, scale=0.2), model.config.vocab_size)
+    for name, contestant in Contestants(model, CPU).of(rows).items():
+        if contestant is None:
+            continue  # TRL is not installed
+        step = train_step.Step(model, contestant)
+        step.prepare()
+        # TRL adds its gradients up in place, which the counter does not know.
+        in_place = {torch.ops.aten.addmm_: lambda total, a, b, **kwargs: 2 * a[0] * a[1] * b[1]}  # of shapes
+        counter = FlopCounterMode(display=False, custom_mapping=in_place)
+        with sdpa_kernel(SDPBackend.MATH), counter:  # in the open, as the others are hidden from it on a CPU
+            step.run()
+        counts = counter.get_flop_counts()["Global"]
+        attention = counts.pop(torch.ops.aten.bmm)
+        assert sum(counts.values()) == flops.linear(contestant.work, checkpointing), name
+        if name != "prefix":
+            # It forms all scores, hidden ones too, twice as many; but in the backward not again: 8 where flash has 10.
+            wanted = attention / 2 * (18 / 16 if checkpointing else 14 / 12)
+            assert flops.attention(contestant.work, checkpointing) == pytest.approx(wanted, rel=0.02), name
+
+
+def test_keys_of_a_packed_row_are_those_of_its_sequences():
+    (row,) = workloads.rows(Part("tiny", "instruct", 1, scale=0.1), 500)  # 19, 32 and 27 tokens
+    made = Contestants(tiny_model(), CPU).of([row])
+    chosen, rejected = ((19 + n) * (20 + n) // 2 for n in (32, 27))
+    assert made["varlen"].work.keys == chosen + rejected
+    assert made["prefix"].work.keys == chosen + rejected - 19 * 20 // 2
+    assert (made["prefix"].work.tokens, made["padded"].work.tokens, made["naive"].work.tokens) == (78, 102, 97)
+
+
+def wrong(factor):
+    def make(made):
+        right = made["varlen"]
+        return Contestant(right.attention, lambda: factor * right.loss(), right.work)
+
+    return make
+
+
+def raising(error):
+    def make(made):
+        def loss():
+            raise error
+
+        return Contestant("sdpa", loss, made["plain"].work)
+
+    return make
+
+
+def test_what_computes_something_else_gets_no_time(without_trl):
+    result = measured({"varlen": wrong(1.01), "naive": wrong(torch.nan)})
+    rows = result["contestants"]
+    for name in ("varlen", "naive"):
+        assert rows[name]["status"] == "numbers disagree" and rows[name]["numbers_agree"] is False
+        assert all(rows[name][figure] is None for figure in train_step.FIGURES)
+    assert rows["trl"]["status"] == "not installed"
+    assert {rows[name]["status"] for name in ("prefix", "padded", "plain")} == {"measured"}
+    assert result["baseline"] == "plain" and rows["plain"]["speedup"] == rows["plain"]["flop_ratio"] == 1
+    prefix = rows["prefix"]
+    assert prefix["achieved"] == pytest.approx(prefix["speedup"] / prefix["flop_ratio"])
+    assert prefix["mfu"] == pytest.approx(prefix["flops"] / prefix["seconds"] / result["ceiling_per_second"])
+    (fault,) = train_step.faults(result)
+    assert "tiny, instruct, 2 pairs, varlen: numbers disagree" in fault
+    json.dumps(result, allow_nan=False)
+    assert "numbers disagree" in train_step.report(result)
+
+
+def test_a_contestant_that_fails_stops_nobody(without_trl):
+    result = measured(
+        {
+            "plain": raising(torch.OutOfMemoryError("CUDA out of memory")),
+            "naive": raising(RuntimeError("boom\nand more")),
+            "trl": lambda made: ImportError("another version"),
+        }
+    )
+    rows = result["contestants"]
+    assert {name: (rows[name]["status"], rows[name]["reason"]) for name in ("plain", "naive", "trl")} == {
+        "plain": ("out of memory", "OutOfMemoryError: CUDA out of memory"),
+        "naive": ("failed", "RuntimeError: boom"),
+        "trl": ("failed", "ImportError: another version"),
+    }
+    assert rows["prefix"]["status"] == "measured" and rows["prefix"]["tokens"] and result["baseline"] is None
+    assert train_step.faults(result) == []
+    assert "out of memory" in train_step.report(result)
+
+
+def test_results_are_written_after_every_part(without_trl, monkeypatch):
+    written = []
+
+    def after_part(result):
+        written.append(json.loads(json.dumps(result)))
+
+    plan = [Part("tiny", "no such shape", 2), PART]
+    result = train_step.run_parts(plan, CPU, False, 1e9, after_part, most_rounds=2)
+    assert [len(each["parts"]) for each in written] == [0, 1, 1]
+    assert [each["complete"] for each in written] == [False, False, True]
+    assert result["problems"] == ["tiny, no such shape, 2 pairs: failed (KeyError: 'no such shape')"]
+    late = train_step.run_parts([PART], CPU, False, -1, after_part)
+    assert late["parts"] == [] and "left out" in late["problems"][0]
+
+
+def test_workloads():
+    for plan in PLANS.values():
+        for part in plan:
+            assert part.model in workloads.MODELS and len(workloads.lengths(part)) == part.pairs
+    shared = workloads.rows(Part("tiny", "8 completions", 8, 0.05), 500)
+    prompts = [tuple(row["prompt_ids"]) for row in shared]
+    assert prompts[0] == prompts[3] != prompts[4] == prompts[7]
+    assert len({tuple(row[side]) for row in shared for side in ("chosen_ids", "rejected_ids")}) == 16
+    (full,) = (part for part in PLANS["cuda"] if part.shape == "full")
+    assert sum(map(sum, workloads.lengths(full))) == pytest.approx(workloads.FULL_TOKENS, rel=0.01)
+    assert workloads.lengths(Part("tiny", "hh", 2)) == [(231, 30, 63), (196, 62, 30)]
+
+
+def test_goals():
+    def part(model, shape, baseline="trl", **figures):
+        prefix = dict.fromkeys(("speedup", "memory_ratio", "achieved", "mfu")) | figures
+        return {"model": model, "shape": shape, "baseline": baseline, "contestants": {"prefix": prefix}}
+
+    def verdicts(*parts, device="NVIDIA H200"):
+        found = step_goals.evaluate(device, parts)
+        assert all(verdict["verdict"] in step_goals.line(verdict) for verdict in found)
+        return [verdict["verdict"] for verdict in found]
+
+    assert verdicts(part("1B", "hh", speedup=3.0, memory_ratio=1.0, achieved=0.9)) == ["met"] * 3
+    assert verdicts(part("1B", "hh", speedup=2.9, memory_ratio=1.1, achieved=0.8)) == ["missed"] * 3
+    # Against another baseline only the share achieved says something.
+    against_plain = part("1B", "hh", "plain", speedup=4.0, memory_ratio=0.1, achieved=1.0)
+    assert verdicts(against_plain) == ["not measured"] * 2 + ["met"]
+    assert verdicts(part("8B", "full", mfu=0.5)) == ["not measured"] * 2 + ["met"]
+    assert verdicts(part("1B", "hh", speedup=3.0), device="NVIDIA A100") == []
+    shapes = {goal.shape for goal in step_goals.GOALS} - {None}
+    assert shapes <= {part.shape for part in PLANS["cuda"]}
