@@ -319,18 +319,23 @@ def _balancing_loss_function(model: Any) -> Any:
     return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
 
 
-def _load_balancing_loss(model: Any, router_logits: Any, batch: PreferenceBatch) -> Tensor:
-    """The model's own load-balancing loss over the tokens of the batch."""
+def routed_experts(model: Any) -> tuple[int, int] | None:
+    """(experts of a layer, how many of them a token takes), where the config of a causal LM says so."""
     config = model.config.get_text_config()
 
-    def known(*names: str) -> int:
-        return next(
-            getattr(each, name) for each in (model, config) for name in names if getattr(each, name, None) is not None
-        )
+    def known(*names: str) -> int | None:
+        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
-    return _balancing_loss_function(model)(
-        router_logits,
-        known("num_experts", "num_local_experts", "n_routed_experts"),
-        known("num_experts_per_tok", "top_k"),
-        batch.get("attention_mask"),
-    )
+    experts = known("num_local_experts", "num_experts", "n_routed_experts")
+    taken = known("num_experts_per_tok", "experts_per_token", "moe_topk", "top_k")
+    return (experts, taken) if experts and taken else None
+
+
+def _load_balancing_loss(model: Any, router_logits: Any, batch: PreferenceBatch) -> Tensor:
+    """The model's own load-balancing loss over the tokens of the batch."""
+    experts = routed_experts(model)
+    if experts is None:
+        raise UserError(
+            f"the config of {type(model).__name__} does not say how many experts it has; set router_aux_loss_coef=0."
+        )
+    return _balancing_loss_function(model)(router_logits, *experts, batch.get("attention_mask"))

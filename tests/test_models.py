@@ -159,3 +159,27 @@ def test_a_model_without_head():
     )
     with pytest.raises(UserError, match="no language-model head"):
         causal_lm(AutoModel.from_config(config))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2", "phi3", "gpt-oss"])
+def test_architectures_on_a_gpu(name):
+    """By the backends that auto takes: float32 as padded, bfloat16 no further from float64 than padded, by twice."""
+    import zoo
+
+    (architecture,) = (each for each in zoo.ARCHITECTURES if each.name == name)
+    rows = zoo.rows()
+
+    def gradients(dtype, packing):
+        model = zoo.make(architecture).to("cuda", dtype)
+        verify_packing(model, packing)
+        refs = torch.full((2 * len(rows),), -20.0, device="cuda", dtype=torch.promote_types(dtype, torch.float32))
+        batch = PreferenceCollator(packing=packing)(rows).to("cuda")
+        fastdpo.batch_loss(model, batch, refs, reduction="sum").loss.backward()
+        return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+    single, exact = gradients(torch.float32, "padded"), gradients(torch.float64, "padded")
+    assert (gradients(torch.float32, "prefix") - single).norm() <= 1e-3 * single.norm()
+    if name != "gpt-oss":  # in half precision a router may choose another expert
+        padded, ours = (gradients(torch.bfloat16, packing) for packing in ("padded", "prefix"))
+        assert (ours - exact).norm() <= 2 * (padded - exact).norm() + 1e-3 * exact.norm()

@@ -94,18 +94,31 @@ def token_counts(dataset: Dataset, max_length: int | None) -> np.ndarray:
     return counts
 
 
-def check_positions(dataset: Any, limit: PositionLimit | None, max_length: int | None, *, name: str) -> None:
-    """Refuses a data set with sequences that the model has no positions for, before anything is run on it.
+def check_lengths(dataset: Any, limit: PositionLimit | None, args: Any, *, name: str) -> None:
+    """Says before anything runs how many rows do not fit, and how: cut, running alone, or refused.
 
     Raises:
-        DataError: says how many rows, the longest of them, and the remedy.
+        DataError: sequences that the model has no positions for; how many rows, the longest of them, and the remedy.
     """
-    if limit is None or not isinstance(dataset, Dataset) or (max_length is not None and max_length <= limit.tokens):
+    if not isinstance(dataset, Dataset):
         return
-    counts = token_counts(dataset, max_length)
+    whole, counts = token_counts(dataset, None), token_counts(dataset, args.max_length)
+    cut = int((whole != counts).any(1).sum())
+    if cut:
+        logger.warning(
+            "%d of %d rows of the %s data set are longer than max_length=%d and are cut (truncation_mode=%r).",
+            cut, len(whole), name, args.max_length, args.truncation_mode,
+        )  # fmt: skip
+    budget = args.max_tokens_per_microbatch
+    if budget is not None and (alone := int((counts.sum(1) > budget).sum())):
+        logger.warning(
+            "%d of %d rows of the %s data set run alone: they take more tokens (up to %d) than "
+            "max_tokens_per_microbatch=%d.",
+            alone, len(whole), name, counts.sum(1).max(), budget,
+        )  # fmt: skip
     longest = counts[:, 0] + counts[:, 1:].max(1)
-    too_long = int((longest > limit.tokens).sum())
-    if too_long:
+    too_long = 0 if limit is None else int((longest > limit.tokens).sum())
+    if limit is not None and too_long:
         row = int(longest.argmax())
         raise DataError(
             f"{too_long} of {len(longest)} rows of the {name} data set do not fit: the model has {limit.why}, and the "

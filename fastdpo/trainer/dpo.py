@@ -39,7 +39,7 @@ from fastdpo.reference import precompute, reference_columns
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
 from fastdpo.reference.fingerprint import model_fingerprint
 from fastdpo.trainer.config import DPOConfig
-from fastdpo.trainer.dataset import REF_COLUMNS, check_positions, prepare_dataset
+from fastdpo.trainer.dataset import REF_COLUMNS, check_lengths, prepare_dataset
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.order import pair_sampler
 from fastdpo.trainer.passes import HostCounts, agree, passes_of, without_exchange
@@ -133,7 +133,7 @@ class DPOTrainer(Trainer):
         self._host_counts = HostCounts()
         limit = position_limit(inner)
         for name, dataset in self._named_datasets():
-            check_positions(dataset, limit, args.max_length, name=name)
+            check_lengths(dataset, limit, args, name=name)
         self.packing = self._choose_packing(inner)
         if data_collator is None:
             self.data_collator = PreferenceCollator(

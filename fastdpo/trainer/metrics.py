@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.device import gemm_flops_per_second, peak_memory_gb
+from fastdpo.models import routed_experts
 from fastdpo.packing import PreferenceBatch
 
 
@@ -95,7 +96,7 @@ class StepFlops:
     """Matrix-product FLOPs of forward and backward that a batch needs, attention scores and recomputation left out.
 
     Two a weight and token forward, two for the gradient of the activations, two for that of a trainable weight. The
-    head counts for target tokens only; input embeddings are look-ups.
+    head counts for target tokens only; input embeddings are look-ups; of routed experts those that a token takes.
     """
 
     per_token: int
@@ -106,8 +107,12 @@ class StepFlops:
         """Counted once, before training: the sum runs over all parameters."""
         head = model.get_output_embeddings().weight
         embeddings = {id(head), id(model.get_input_embeddings().weight)}
-        backbone = (p for p in model.parameters() if id(p) not in embeddings and p.dim() > 1)
-        return cls(sum(map(cls._of_weight, backbone)), cls._of_weight(head))
+        experts, taken = routed_experts(model) or (1, 1)
+        per_token = 0.0
+        for name, weight in model.named_parameters():
+            if id(weight) not in embeddings and weight.dim() > 1:
+                per_token += cls._of_weight(weight) * (taken / experts if ".experts." in name else 1)
+        return cls(round(per_token), cls._of_weight(head))
 
     @staticmethod
     def _of_weight(weight: Tensor) -> int:

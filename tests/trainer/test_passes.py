@@ -156,6 +156,15 @@ def test_rows_longer_than_the_model_are_refused_before_anything_runs(tmp_path, m
     trainer(tmp_path, rows=rows, max_length=256, max_steps=1).train()
 
 
+def test_rows_that_are_cut_or_run_alone_are_counted(tmp_path, caplog):
+    rows = random_rows(6, prompt=(2, 5), answer=(1, 4))
+    rows[2]["chosen_ids"], rows[4]["rejected_ids"] = [5] * 40, [5] * 20
+    trainer(tmp_path, rows=rows, max_length=30, max_tokens_per_microbatch=25)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("1 of 6 rows of the train data set are longer than max_length=30 and are cut" in text for text in said)
+    assert any("2 of 6 rows of the train data set run alone: they take more tokens (up to 3" in text for text in said)
+
+
 @pytest.mark.parametrize("kind, limit", [("dynamic", 256), ("longrope", 32)])
 def test_rotary_positions_that_depend_on_the_batch(tmp_path, kind, limit):
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
