@@ -4,9 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from tiny import naive_sequence_logps, random_rows, tiny_model
 
 import fastdpo
+from fastdpo.attention import packed_forward
 from fastdpo.models import causal_lm, completion_logps
 from fastdpo.packing import PreferenceCollator
 from fastdpo.types import UserError
@@ -159,6 +162,47 @@ def test_a_model_without_head():
     )
     with pytest.raises(UserError, match="no language-model head"):
         causal_lm(AutoModel.from_config(config))
+
+
+few_tokens = st.lists(st.integers(3, 5), max_size=7)
+drawn_rows = st.lists(
+    st.fixed_dictionaries({"prompt_ids": few_tokens, "chosen_ids": few_tokens, "rejected_ids": few_tokens}),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=drawn_rows, packing=st.sampled_from(PACKINGS), kind=st.sampled_from(["llama", "gpt2"]))
+def test_drawn_trees_equal_separate_sequences(rows, packing, kind):
+    """Few different tokens: beginnings coincide in prompts and answers, at any depth; some are empty, or equal."""
+    rows = [row for row in rows if all(row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids"))]
+    assume(rows)
+    model = tiny_model(kind, torch.float64)
+    batch = PreferenceCollator(packing=packing)(rows)
+    weights = torch.arange(1.0, 2 * len(rows) + 1, dtype=torch.float64)
+    ours, exact = fastdpo.sequence_logps(model, batch), naive_sequence_logps(model, rows)
+    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+    assume(exact.requires_grad and len(batch.target_ids))
+    grads = (torch.autograd.grad((sums * weights).sum(), list(model.parameters())) for sums in (ours, exact))
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).abs().max() <= 1e-10 * max(1.0, b.abs().max())
+
+
+def test_a_mask_passed_by_hand_is_refused():
+    model, batch = tiny_model(), PreferenceCollator()(random_rows(2))
+    batch["attention_mask"] = torch.ones_like(batch.input_ids)
+    with pytest.raises(ValueError, match="a packed batch takes no attention_mask"):
+        fastdpo.sequence_logps(model, batch)
+    mask = torch.zeros(1, 1, batch.num_tokens, batch.num_tokens)
+    with packed_forward(model), pytest.raises(ValueError, match="packed attention takes no attention_mask"):
+        model(batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, packed_layout=batch.layout)
+
+
+def test_a_sequence_longer_than_the_model_is_refused():
+    rows = [{"prompt_ids": [5] * 250, "chosen_ids": [6] * 10, "rejected_ids": [7]}]
+    for packing in PACKINGS:
+        with pytest.raises(UserError, match="a sequence of 260 tokens, and LlamaForCausalLM has 256 positions"):
+            fastdpo.sequence_logps(tiny_model(), PreferenceCollator(packing=packing)(rows))
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from fastdpo.attention import BACKENDS
 from fastdpo.losses import WeightedLosses, resolve_losses
 from fastdpo.packing import PACKINGS
 from fastdpo.packing.collator import TRUNCATION_MODES
+
+logger = logging.getLogger(__name__)
 
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length", "group_by_prompt", "batch_rebalance")
 
@@ -106,6 +109,7 @@ class DPOConfig(TrainingArguments):
             self.precompute_ref_log_probs = True
         self._check()
         super().__post_init__()
+        self._use_one_gpu()
         # One process would read the batches of a streamed data set and cut them up for the others, by their first
         # dimension: a packed row cannot be cut so. Every process reads its own share instead.
         if self.accelerator_config.dispatch_batches:
@@ -116,6 +120,15 @@ class DPOConfig(TrainingArguments):
                 "per_device_train_batch_size to what each device is to take."
             )
         self.accelerator_config.dispatch_batches = False
+
+    def _use_one_gpu(self) -> None:
+        """DataParallel, which transformers takes for several GPUs in one process, would cut packed rows apart."""
+        if self.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible to this one process, which uses the first; start the script by "
+                "`accelerate launch` or `torchrun` to use them all.", self.n_gpu,
+            )  # fmt: skip
+            self._n_gpu = 1
 
     @property
     def padding_multiple(self) -> int | None:

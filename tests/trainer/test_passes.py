@@ -158,11 +158,19 @@ def test_rows_longer_than_the_model_are_refused_before_anything_runs(tmp_path, m
 
 def test_rows_that_are_cut_or_run_alone_are_counted(tmp_path, caplog):
     rows = random_rows(6, prompt=(2, 5), answer=(1, 4))
-    rows[2]["chosen_ids"], rows[4]["rejected_ids"] = [5] * 40, [5] * 20
+    rows[2]["chosen_ids"], rows[4]["rejected_ids"] = [5] * 40, [5] * 24
     trainer(tmp_path, rows=rows, max_length=30, max_tokens_per_microbatch=25)
     said = [record.getMessage() for record in caplog.records]
     assert any("1 of 6 rows of the train data set are longer than max_length=30 and are cut" in text for text in said)
     assert any("2 of 6 rows of the train data set run alone: they take more tokens (up to 3" in text for text in said)
+
+
+def test_several_gpus_in_one_process_are_not_used(tmp_path, caplog):
+    made = config(tmp_path)
+    made._n_gpu = 3
+    made._use_one_gpu()
+    assert made.n_gpu == 1 and made.train_batch_size == made.per_device_train_batch_size
+    assert "accelerate launch" in caplog.text
 
 
 @pytest.mark.parametrize("kind, limit", [("dynamic", 256), ("longrope", 32)])
