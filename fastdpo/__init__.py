@@ -18,8 +18,8 @@ _HOME = {
     "preference_loss": "fastdpo.functional",
     "LossOutput": "fastdpo.types",
     "IGNORE_INDEX": "fastdpo.types",
-    "batch_loss": "fastdpo.models",
-    "sequence_logps": "fastdpo.models",
+    "batch_loss": "fastdpo.scoring",
+    "sequence_logps": "fastdpo.scoring",
     "PreferenceBatch": "fastdpo.packing",
     "PreferenceCollator": "fastdpo.packing",
     "ReferenceCache": "fastdpo.reference",
@@ -45,8 +45,8 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from fastdpo.functional import linear_loss, linear_token_logps, loss, preference_loss, token_logps
-    from fastdpo.models import batch_loss, sequence_logps
     from fastdpo.packing import PreferenceBatch, PreferenceCollator
     from fastdpo.reference import ReferenceCache, precompute
+    from fastdpo.scoring import batch_loss, sequence_logps
     from fastdpo.trainer import DPOConfig, DPOTrainer
     from fastdpo.types import IGNORE_INDEX, LossOutput

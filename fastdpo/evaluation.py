@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from fastdpo.models import causal_lm, completion_logps, evaluating
+from fastdpo.models import causal_lm, evaluating
 from fastdpo.packing import PreferenceCollator
+from fastdpo.scoring import completion_logps
 
 PAIRS_PER_PASS = 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fastdpo.attention import packed_forward
 from fastdpo.functional import linear_loss, linear_token_logps
-from fastdpo.packing import PreferenceBatch, pack, pad
+from fastdpo.packing import PreferenceBatch
 from fastdpo.types import LossOutput, UserError
 
 
@@ -145,59 +145,8 @@ def _check_lengths(model: Any, batch: PreferenceBatch) -> None:
         )
 
 
-Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
-
-
-def completion_logps(
-    model: Any, sequences: Sequences, *, packing: str = "prefix", attention_backend: str = "auto"
-) -> list[Tensor]:
-    """Per-token log-probs of the completion of every (prompt, completion), one CPU tensor each; forward only."""
-    inner = causal_lm(model)
-    batch, sizes = _scoring_batch(sequences, packing)
-    with torch.no_grad():
-        batch = batch.to(inner.get_output_embeddings().weight.device)
-        hidden = target_hidden_states(inner, batch, attention_backend=attention_backend)
-        head = lm_head(inner)
-        logps = linear_token_logps(hidden, head.weight, batch.target_ids, **head.kwargs())
-    return list(logps.cpu().split(sizes))
-
-
-def _scoring_batch(sequences: Sequences, packing: str) -> tuple[PreferenceBatch, Sequence[int]]:
-    """What `target_hidden_states` needs of a batch, and how many targets each completion has."""
-    if packing == "padded":
-        padded = pad(sequences)
-        rows = torch.cat(padded.target_rows)
-        batch = PreferenceBatch(
-            packing=packing,
-            input_ids=padded.input_ids,
-            position_ids=padded.position_ids,
-            attention_mask=padded.attention_mask,
-            target_rows=rows,
-            target_ids=padded.targets(rows),
-        )
-        return batch, [len(rows) for rows in padded.target_rows]
-    packed = pack(sequences, share=packing == "prefix")
-    batch = PreferenceBatch(
-        packing=packing,
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        layout=packed.layout,
-        target_rows=packed.target_rows,
-        target_ids=packed.target_ids,
-    )
-    return batch, packed.target_counts
-
-
-def sequence_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto") -> Tensor:
-    """Sum of the completion's log-probs for each sequence of a batch from PreferenceCollator.
-
-    Args:
-        model: a transformers causal language model, plain or with PEFT adapters.
-        batch: on the model's device (`batch.to(device)`).
-
-    Returns:
-        (2B,) float32, chosen first, differentiable in the model's parameters.
-    """
+def forward_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str) -> Tensor:
+    """`fastdpo.sequence_logps`, through the model's own forward where something is wrapped around it; unverified."""
     inner = causal_lm(model)
     if _has_wrapper(model):
         extend_forward(inner)
@@ -212,27 +161,9 @@ def _sequence_logps(inner: Any, batch: PreferenceBatch, *, attention_backend: st
     return logps.new_zeros(2 * batch.num_pairs).index_add(0, batch.sequence_ids, logps)
 
 
-def batch_loss(
-    model: Any,
-    batch: PreferenceBatch,
-    ref_logps: Tensor | None = None,
-    *,
-    attention_backend: str = "auto",
-    router_aux_loss_coef: float = 0.0,
-    **options: Any,
-) -> LossOutput:
-    """The preference loss of a batch from PreferenceCollator: backbone once, completion tokens through `linear_loss`.
-
-    Args:
-        model: a transformers causal language model, plain or with PEFT adapters.
-        batch: on the model's device (`batch.to(device)`).
-        ref_logps: (2B,), chosen first; default: those that the batch carries.
-        router_aux_loss_coef: of a mixture of experts: `loss` then holds that many times its load-balancing loss, and
-            `aux_loss` the balancing loss itself, in which every token that the backbone ran counts once, padding never.
-        options: of `linear_loss`: beta, loss_type, label_smoothing, reduction, memory_budget, ...
-    """
+def forward_loss(model: Any, batch: PreferenceBatch, ref_logps: Tensor | None, **options: Any) -> LossOutput:
+    """`fastdpo.batch_loss`, in the same way."""
     inner = causal_lm(model)
-    options |= {"attention_backend": attention_backend, "router_aux_loss_coef": router_aux_loss_coef}
     if _has_wrapper(model):
         extend_forward(inner)
         return LossOutput.from_dict(model(preference_batch=batch, ref_logps=ref_logps, loss_options=options))
@@ -277,7 +208,7 @@ def _has_wrapper(model: Any) -> bool:
 
 def extend_forward(inner: Any) -> None:
     """Lets a causal LM take `preference_batch=`: `inner(preference_batch=..., ref_logps=..., loss_options=...)` is
-    `batch_loss(...).to_dict()`, and with `pass_options=` in their place `sequence_logps`. Other calls are as before.
+    `forward_loss(...).to_dict()`, and with `pass_options=` in their place `forward_logps`. Other calls are as before.
 
     On the instance, not the class: the pass then runs inside whatever wraps this model's forward. As a bound method
     that holds nothing else, so that a copy of the model is bound to the copy.

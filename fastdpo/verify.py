@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdpo.attention import packed_layers
-from fastdpo.models import causal_lm, evaluating, sequence_logps
+from fastdpo.models import causal_lm, evaluating, forward_logps
 from fastdpo.packing import PreferenceCollator
 from fastdpo.types import UserError
 
@@ -18,6 +19,19 @@ Row = dict[str, list[int]]
 # How far a packed log-prob may lie from the model's own, in nats a token, by the dtype of the arithmetic.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 _CANNOT_RUN = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError)
+
+
+# What has been verified of a model: (packing, attention backend, dtype of the arithmetic).
+_verified: weakref.WeakKeyDictionary[torch.nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+
+
+def ensure_verified(model: Any, packing: str, attention_backend: str) -> None:
+    """`verify_packing`, where the model has not passed it yet."""
+    if torch.compiler.is_compiling():
+        return
+    inner = causal_lm(model)
+    if (packing, attention_backend, _arithmetic(inner)) not in _verified.get(inner, ()):
+        verify_packing(model, packing, attention_backend=attention_backend)
 
 
 def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto") -> None:
@@ -39,7 +53,7 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
 
     def logps(some: list[Row]) -> Tensor:
         batch = PreferenceCollator(packing=packing)(some).to(weight.device)
-        return sequence_logps(model, batch, attention_backend=attention_backend).cpu()
+        return forward_logps(model, batch, attention_backend=attention_backend).cpu()
 
     shared, common = draw(6), draw(3)
     rows = [
@@ -55,7 +69,7 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
     attention = inner.config._attn_implementation
     try:
         with evaluating(model), torch.no_grad():
-            theirs = _own_logps(inner, rows, weight.device)
+            theirs = _own_logps(model, rows, weight.device)
             try:
                 with packed_layers() as layers:
                     ours = logps(rows)
@@ -85,20 +99,21 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
                 f"packing={packing!r} does not give the log-probs of {type(inner).__name__}: off by {off:.2g} nats a "
                 "token on a small test batch. Use packing='padded', or packing='auto' to have it chosen."
             )
+        _verified.setdefault(inner, set()).add((packing, attention_backend, _arithmetic(inner)))
     except ValueError:
         if inner.config._attn_implementation != attention:
             inner.set_attn_implementation(attention)
         raise
 
 
-def _own_logps(inner: Any, rows: list[Row], device: torch.device) -> Tensor:
+def _own_logps(model: Any, rows: list[Row], device: torch.device) -> Tensor:
     """Sums of the completions' log-probs, chosen first, from the logits of each sequence run alone."""
     sums = []
     for side in ("chosen_ids", "rejected_ids"):
         for row in rows:
             start = len(row["prompt_ids"])
             tokens = torch.tensor([row["prompt_ids"] + row[side]], device=device)
-            logits = inner(input_ids=tokens, use_cache=False).logits[0, start - 1 : -1]
+            logits = model(input_ids=tokens, use_cache=False).logits[0, start - 1 : -1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             sums.append(logits.log_softmax(-1).gather(1, tokens[0, start:, None]).sum().cpu())
     return torch.stack(sums)

@@ -10,8 +10,9 @@ from tiny import naive_sequence_logps, random_rows, tiny_model
 
 import fastdpo
 from fastdpo.attention import packed_forward
-from fastdpo.models import causal_lm, completion_logps
+from fastdpo.models import causal_lm
 from fastdpo.packing import PreferenceCollator
+from fastdpo.scoring import completion_logps
 from fastdpo.types import UserError
 from fastdpo.verify import verify_packing
 
@@ -152,6 +153,36 @@ def test_verify_packing_notices_a_head_it_does_not_know():
     model.lm_head.forward = lambda hidden: 3.0 * original(hidden)
     with pytest.raises(UserError, match="does not give the log-probs"):
         verify_packing(model, "padded")
+
+
+@pytest.mark.parametrize("packing", ["prefix", "varlen"])
+def test_no_number_comes_from_a_model_that_cannot_run_so(packing):
+    """Not in a loop of one's own either: the first pass of a model verifies it."""
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    model = AutoModelForCausalLM.from_config(
+        BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    )
+    batch = PreferenceCollator(packing=packing)(random_rows(2))
+    with pytest.raises(UserError, match="cannot serve BloomForCausalLM"):
+        fastdpo.sequence_logps(model, batch)
+    with pytest.raises(UserError, match="cannot serve BloomForCausalLM"):
+        fastdpo.batch_loss(model, batch, torch.zeros(4))
+    with pytest.raises(UserError, match="cannot serve BloomForCausalLM"):
+        completion_logps(model, [([5, 6], [7])], packing=packing)
+
+
+def test_a_model_is_verified_once(monkeypatch):
+    from fastdpo import verify
+
+    calls, original = [], verify.verify_packing
+    monkeypatch.setattr(verify, "verify_packing", lambda *a, **k: calls.append(a[1]) or original(*a, **k))
+    model = tiny_model().train()
+    for packing in ("prefix", "prefix", "padded", "prefix"):
+        fastdpo.sequence_logps(model, PreferenceCollator(packing=packing)(random_rows(2)))
+    assert calls == ["prefix", "padded"] and model.training
+    fastdpo.sequence_logps(model.double(), PreferenceCollator()(random_rows(2)))
+    assert calls == ["prefix", "padded", "prefix"]
 
 
 def test_a_model_without_head():

@@ -89,6 +89,7 @@ def test_four_bit_weights_with_lora():
                     four = bitsandbytes.nn.Linear4bit(child.in_features, child.out_features, bias=False,
                                                       quant_type="nf4", compute_dtype=torch.float32)  # fmt: skip
                     four.weight = bitsandbytes.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
+                    four.support_avx512bf16_for_cpu = False  # its CPU product for evaluation, in bfloat16
                     setattr(parent, name, four.to("cpu"))
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fastdpo
 from fastdpo.attention import ATTENTION_NAME, register
+from fastdpo.verify import ensure_verified
 
 BETA = 0.1
 PACKINGS = ("prefix", "varlen", "padded")
@@ -70,6 +71,8 @@ class Contestants:
         return sums + 10 * torch.rand(len(sums), generator=generator).to(sums)
 
     def packed(self, batch: Any, refs: Tensor) -> Contestant:
+        ensure_verified(self.model, batch.packing, "auto")  # else a part of the first step
+
         def loss() -> Tensor:
             return fastdpo.batch_loss(self.model, batch, refs, beta=BETA, token_metrics=False).loss
 

@@ -12,10 +12,11 @@ import torch
 from tqdm.auto import tqdm
 
 from fastdpo.device import freed_memory_kept
-from fastdpo.models import causal_lm, completion_logps, evaluating
+from fastdpo.models import causal_lm, evaluating
 from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
 from fastdpo.reference.fingerprint import model_fingerprint, sequence_key
+from fastdpo.scoring import completion_logps
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 32768}
 PASSES_PER_SHARD = 16

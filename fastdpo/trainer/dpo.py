@@ -6,7 +6,7 @@ What happens to a batch, top to bottom:
     training_step        a batch cut by tokens runs pass by pass             (fastdpo.trainer.passes)
     compute_loss         calls the model with the batch; the model's own forward, extended by `extend_forward`, runs
                          backbone, head and loss, so that wrappers (DDP, FSDP, autocast) see one forward
-    batch_loss           completion tokens -> log-probs -> loss              (fastdpo.models, fastdpo.functional)
+    batch_loss           completion tokens -> log-probs -> loss              (fastdpo.scoring, fastdpo.models)
     log                  metrics summed on the device are read once          (fastdpo.trainer.metrics)
 """
 
@@ -32,12 +32,12 @@ from fastdpo.models import (
     extend_forward,
     is_mixture_of_experts,
     position_limit,
-    sequence_logps,
 )
 from fastdpo.packing import PACKINGS, PreferenceBatch, PreferenceCollator
 from fastdpo.reference import precompute, reference_columns
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
 from fastdpo.reference.fingerprint import model_fingerprint
+from fastdpo.scoring import sequence_logps
 from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.dataset import REF_COLUMNS, check_lengths, prepare_dataset
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput

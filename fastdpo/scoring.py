@@ -1,0 +1,109 @@
+"""Log-probs and losses of a model's completions. A model is verified in the way it runs before its first number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.functional import linear_token_logps
+from fastdpo.models import causal_lm, forward_logps, forward_loss, lm_head, target_hidden_states
+from fastdpo.packing import PreferenceBatch, pack, pad
+from fastdpo.types import LossOutput
+from fastdpo.verify import ensure_verified
+
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+
+
+def sequence_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto") -> Tensor:
+    """Sum of the completion's log-probs for each sequence of a batch from PreferenceCollator.
+
+    Args:
+        model: a transformers causal language model, plain, with PEFT adapters, or in a data-parallel wrapper.
+        batch: on the model's device (`batch.to(device)`).
+
+    Returns:
+        (2B,) float32, chosen first, differentiable in the model's parameters.
+
+    Raises:
+        ValueError: the model cannot run in the way the batch is packed; found on the first pass, by comparing a few
+            random tokens with the model's own logits.
+    """
+    ensure_verified(model, batch.packing, attention_backend)
+    return forward_logps(model, batch, attention_backend=attention_backend)
+
+
+def batch_loss(
+    model: Any,
+    batch: PreferenceBatch,
+    ref_logps: Tensor | None = None,
+    *,
+    attention_backend: str = "auto",
+    router_aux_loss_coef: float = 0.0,
+    **options: Any,
+) -> LossOutput:
+    """The preference loss of a batch from PreferenceCollator: backbone once, completion tokens through `linear_loss`.
+
+    Args:
+        model: a transformers causal language model, plain, with PEFT adapters, or in a data-parallel wrapper.
+        batch: on the model's device (`batch.to(device)`).
+        ref_logps: (2B,), chosen first; default: those that the batch carries.
+        router_aux_loss_coef: of a mixture of experts: `loss` then holds that many times its load-balancing loss, and
+            `aux_loss` the balancing loss itself, in which every token that the backbone ran counts once, padding never.
+        options: of `linear_loss`: beta, loss_type, label_smoothing, reduction, memory_budget, ...
+
+    Raises:
+        ValueError: as `sequence_logps`, or as `linear_loss`.
+    """
+    ensure_verified(model, batch.packing, attention_backend)
+    return forward_loss(
+        model, batch, ref_logps,
+        attention_backend=attention_backend, router_aux_loss_coef=router_aux_loss_coef, **options,
+    )  # fmt: skip
+
+
+def completion_logps(
+    model: Any, sequences: Sequences, *, packing: str = "prefix", attention_backend: str = "auto"
+) -> list[Tensor]:
+    """Per-token log-probs of the completion of every (prompt, completion), one CPU tensor each; forward only.
+
+    Raises:
+        ValueError: as `sequence_logps`.
+    """
+    inner = causal_lm(model)
+    ensure_verified(model, packing, attention_backend)
+    batch, sizes = _scoring_batch(sequences, packing)
+    with torch.no_grad():
+        batch = batch.to(inner.get_output_embeddings().weight.device)
+        hidden = target_hidden_states(inner, batch, attention_backend=attention_backend)
+        head = lm_head(inner)
+        logps = linear_token_logps(hidden, head.weight, batch.target_ids, **head.kwargs())
+    return list(logps.cpu().split(sizes))
+
+
+def _scoring_batch(sequences: Sequences, packing: str) -> tuple[PreferenceBatch, Sequence[int]]:
+    """What `target_hidden_states` needs of a batch, and how many targets each completion has."""
+    if packing == "padded":
+        padded = pad(sequences)
+        rows = torch.cat(padded.target_rows)
+        batch = PreferenceBatch(
+            packing=packing,
+            input_ids=padded.input_ids,
+            position_ids=padded.position_ids,
+            attention_mask=padded.attention_mask,
+            target_rows=rows,
+            target_ids=padded.targets(rows),
+        )
+        return batch, [len(rows) for rows in padded.target_rows]
+    packed = pack(sequences, share=packing == "prefix")
+    batch = PreferenceBatch(
+        packing=packing,
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        layout=packed.layout,
+        target_rows=packed.target_rows,
+        target_ids=packed.target_ids,
+    )
+    return batch, packed.target_counts
