@@ -103,6 +103,11 @@ class DPOTrainer(Trainer):
             if each is not None and args.disable_dropout:
                 _disable_dropout(each)
 
+        if isinstance(train_dataset, IterableDataset) and args.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={args.train_sampling_strategy!r} needs a data set whose rows can be taken in "
+                "any order, and this one is streamed; leave it out."
+            )
         prepare = functools.partial(prepare_dataset, tokenizer=processing_class, args=args)
         train_dataset = prepare(train_dataset, name="train") if train_dataset is not None else None
         if isinstance(eval_dataset, Mapping):

@@ -165,6 +165,22 @@ def test_rows_that_are_cut_or_run_alone_are_counted(tmp_path, caplog):
     assert any("2 of 6 rows of the train data set run alone: they take more tokens (up to 3" in text for text in said)
 
 
+def test_streamed_data_are_cut_too_but_have_no_order(tmp_path):
+    from datasets import IterableDataset
+
+    rows = random_rows(12, seed=3, prompt=(3, 20), answer=(1, 12))
+    streamed = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(ValueError, match="train_sampling_strategy='group_by_prompt' needs a data set whose rows"):
+        trainer(tmp_path, rows=streamed, train_sampling_strategy="group_by_prompt")
+    runs = [
+        trainer(tmp_path, rows=data, max_tokens_per_microbatch=60, train_sampling_strategy=strategy, max_steps=3)
+        for data, strategy in ((streamed, "random"), (rows, "sequential"))
+    ]
+    for run in runs:
+        run.train()
+    assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), rel=1e-5)
+
+
 def test_several_gpus_in_one_process_are_not_used(tmp_path, caplog):
     made = config(tmp_path)
     made._n_gpu = 3
