@@ -17,6 +17,7 @@ from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
 from fastdpo.reference.fingerprint import model_fingerprint, sequence_key
 from fastdpo.scoring import completion_logps
+from fastdpo.types import UserError
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 32768}
 PASSES_PER_SHARD = 16
@@ -90,13 +91,19 @@ def reference_columns(
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
 ) -> dict[str, list[float]]:
-    """{"ref_chosen_logps", "ref_rejected_logps"}: the sums of each row, from the cache."""
+    """{"ref_chosen_logps", "ref_rejected_logps"}: the sums of each row, from the cache.
+
+    Raises:
+        UserError: the cache lacks some.
+    """
     collator = PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode)
-    columns: dict[str, list[float]] = {"ref_chosen_logps": [], "ref_rejected_logps": []}
-    for row in dataset:
-        for column, (prompt, completion) in zip(columns.values(), collator.sequences(row), strict=True):
-            column.append(float(cache[sequence_key(prompt, completion)].sum(dtype=np.float64)))
-    return columns
+    keys = [sequence_key(*sequence) for row in dataset for sequence in collator.sequences(row)]
+    found, sums, _ = cache.lookup(keys)
+    if not found.all():
+        raise UserError(
+            f"{cache.path} lacks {int((~found).sum())} of {len(keys)} sequences; compute them with fastdpo.precompute."
+        )
+    return {"ref_chosen_logps": sums[::2].tolist(), "ref_rejected_logps": sums[1::2].tolist()}
 
 
 def _passes(

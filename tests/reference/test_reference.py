@@ -62,6 +62,13 @@ def test_only_what_is_new_is_computed(tmp_path, monkeypatch):
     assert sum(scored) == 1 + 6
 
 
+def test_columns_of_rows_that_the_cache_lacks(tmp_path):
+    model, rows = tiny_model(), random_rows(4, seed=2)
+    cache = precompute(model, rows[:3], tmp_path / "c", progress=False)
+    with pytest.raises(UserError, match="lacks 2 of 8 sequences; compute them"):
+        reference_columns(cache, rows)
+
+
 def test_truncation_is_part_of_the_content(tmp_path):
     model, rows = tiny_model(), random_rows(5, seed=3, prompt=(4, 6), answer=(5, 9))
     cache = precompute(model, rows, tmp_path / "c", max_length=8, progress=False)
@@ -137,7 +144,7 @@ def test_a_damaged_shard_is_named_set_aside_and_computed_again(tmp_path, monkeyp
     (shard,) = (tmp_path / "c").glob("shard-*.parquet")
     data = bytearray(shard.read_bytes())
     if harm == "flip":
-        data[len(data) // 3] ^= 0x10
+        data[60] ^= 0x10  # a key: keys and sums are read at the start, log-probs when they are asked for
     shard.write_bytes(data if harm == "flip" else data[:100] if harm == "truncate" else b"")
     scored = count_passes(monkeypatch)
     with pytest.warns(UserWarning, match=rf"{shard.name} is damaged"):

@@ -1,0 +1,489 @@
+"""The reference cache at size: an index in memory, log-probs on disk, damage found wherever it is."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdpo.reference import ReferenceCache
+from fastdpo.reference import cache as cache_module
+from fastdpo.reference.cache import GROUP_ROWS, row_sums, write_shard
+from fastdpo.reference.index import ShardIndex, key_array
+from fastdpo.types import UserError
+
+FINGERPRINT = {"weights": "a" * 32, "config": "b" * 32, "dtype": "float32"}
+
+
+def values(count, seed=0, most=9):
+    draw = np.random.default_rng(seed)
+    return {draw.bytes(16): draw.normal(size=draw.integers(0, most)).astype(np.float32) for _ in range(count)}
+
+
+def run_python(script, *arguments):
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 0
+    return done.stdout
+
+
+def shard_of(folder):
+    (shard,) = folder.glob("shard-*.parquet")
+    return shard
+
+
+def check(cache, expected, absent=()):
+    """The cache holds what the dict holds, by every way of asking."""
+    keys = [*expected, *absent]
+    assert len(cache) == len(expected)
+    found, sums, tokens = cache.lookup(keys)
+    assert (found.dtype, sums.dtype, tokens.dtype) == (bool, np.float64, np.int32)
+    assert found.tolist() == [True] * len(expected) + [False] * len(absent) == [key in cache for key in keys]
+    assert np.isnan(sums[len(expected) :]).all() and not tokens[len(expected) :].any()
+    for value, total, count in zip(expected.values(), sums, tokens, strict=False):
+        assert count == len(value)
+        assert total == pytest.approx(float(value.sum(dtype=np.float64)), rel=1e-6, abs=1e-12)
+    if cache.per_token:
+        for one, value in zip(cache.logps(list(expected)), expected.values(), strict=True):
+            assert one.dtype == np.float32 and one.tobytes() == value.tobytes()
+    array = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
+    for one, other in zip(cache.lookup(array), (found, sums, tokens), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# Keys of few different bytes: shared halves, trailing zeros, and high bits, which a signed order would misplace.
+KEYS = st.lists(st.sampled_from([0, 1, 127, 128, 255]), min_size=4, max_size=4).map(
+    lambda b: bytes([b[0], *[0] * 6, b[1], b[2], *[0] * 6, b[3]])
+)
+LOGPS = st.lists(st.floats(width=32, allow_nan=False, min_value=-1e4, max_value=0), max_size=5)
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["first", "second", "older"]), st.dictionaries(KEYS, LOGPS, max_size=6)), max_size=8
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS, absent=st.sets(KEYS, max_size=10))
+def test_equals_a_dict(steps, absent):
+    with tempfile.TemporaryDirectory() as folder:
+        clock = 10**18
+        ReferenceCache(folder, FINGERPRINT).add({b"\x7f" * 16: np.zeros(1, np.float32)})
+        writers = {"first": ReferenceCache(folder), "second": ReferenceCache(folder)}
+        shards = {"9": {b"\x7f" * 16: np.zeros(1, np.float32)}}  # by what their names begin with
+        for number, (who, added) in enumerate(steps):
+            added = {key: np.array(value, np.float32) for key, value in added.items()}
+            if not added:
+                continue
+            # A writer whose clock is late gives its shards names before all others.
+            name = f"{clock - number if who == 'older' else clock + number:020d}"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cache_module.time, "time_ns", lambda name=name: int(name))
+                writers.get(who, writers["second"]).add(added)
+            shards[name] = added
+        expected = {}
+        for name in sorted(shards):
+            for key, value in shards[name].items():
+                expected.setdefault(key, value)
+        for cache in (*writers.values(), ReferenceCache(folder, FINGERPRINT)):
+            cache.reload()
+            check(cache, expected, absent - expected.keys())
+
+
+@settings(max_examples=100, deadline=None)
+@given(parts=st.lists(st.lists(KEYS, min_size=1, max_size=6), max_size=6), dropped=st.integers(0, 5), order=st.data())
+def test_dropping_a_shard_uncovers_the_next(parts, dropped, order):
+    index = ShardIndex()
+    names = order.draw(st.permutations("abcdef"))[: len(parts)]
+    for number, (name, keys) in enumerate(zip(names, parts, strict=True)):
+        count = len(keys)
+        index.add([(name, key_array(keys), np.full(count, number), np.full(count, 10.0 * number) + np.arange(count))])
+    if dropped < len(parts):
+        index.drop(dropped)
+    expected = {}
+    for number in sorted(range(len(parts)), key=lambda number: names[number]):
+        for row, key in enumerate(parts[number] if number != dropped else []):
+            expected.setdefault(key, (number, row, number, 10.0 * number + row))
+    asked = sorted({key for keys in parts for key in keys})
+    for _ in range(2):  # in several runs, then in one
+        found = index.find(key_array(asked))
+        for at, key in enumerate(asked):
+            assert index.has(key) == (key in expected)
+            if key in expected:
+                assert tuple(column[at] for column in found) == expected[key]
+            else:
+                assert found.shard[at] == -1
+        assert len(index) == len(expected)
+
+
+def test_the_first_name_wins_over_several_runs():
+    index = ShardIndex()
+    keys = np.arange(64, dtype=np.uint8).reshape(4, 16)
+    for name, part in (("b", keys), ("c", keys[:1]), ("a", keys[1:2])):
+        index.add([(name, part, np.ones(len(part)), np.ones(len(part)))])
+    assert len(index._runs) == 2
+    assert index.find(keys).shard.tolist() == [0, 2, 0, 0] and len(index) == 4
+
+
+def test_many_small_shards_are_merged_cheaply(monkeypatch):
+    index, draw, count = ShardIndex(), np.random.default_rng(0), 2000
+    sorted_rows, original = [], ShardIndex._sorted
+
+    def counting(self, parts):
+        sorted_rows.append(sum(len(part.high) for part in parts))
+        return original(self, parts)
+
+    monkeypatch.setattr(ShardIndex, "_sorted", counting)
+    keys = np.frombuffer(draw.bytes(16 * 5 * count), np.uint8).reshape(count, 5, 16)
+    for number, part in enumerate(keys):
+        index.add([(f"{number:05d}", part, np.full(5, number), np.arange(5.0))])
+        assert len(index._runs) <= 12  # log2(count) and 1
+    assert sum(sorted_rows) < 5 * count * 14
+    found = index.find(keys.reshape(-1, 16))
+    assert found.shard.tolist() == np.repeat(np.arange(count), 5).tolist()
+    assert found.row.tolist() == list(range(5)) * count
+    assert len(index) == 5 * count and len(index._runs) == 1
+
+
+def test_sums_are_those_of_float64():
+    tokens = np.array([0, 3, 0, 0, 20_000, 1, 0])
+    flat = -np.random.default_rng(0).exponential(size=tokens.sum()).astype(np.float32)
+    rows = np.split(flat, np.cumsum(tokens)[:-1])
+    exact = [float(row.sum(dtype=np.float64)) for row in rows]
+    np.testing.assert_allclose(row_sums(flat, tokens), exact, rtol=1e-12)
+    assert row_sums(flat[:0], np.zeros(2, int)).tolist() == [0, 0]
+
+
+def test_rows_of_several_groups_are_read_a_group_at_a_time(tmp_path, monkeypatch):
+    expected = values(2 * GROUP_ROWS + 5)
+    ReferenceCache(tmp_path / "c", FINGERPRINT).add(expected)
+    cache = ReferenceCache(tmp_path / "c")
+    reads, original = [], cache_module.read_group
+    monkeypatch.setattr(cache_module, "read_group", lambda shard, group: reads.append(group) or original(shard, group))
+    keys = list(expected)
+    assert cache[keys[GROUP_ROWS]].tobytes() == expected[keys[GROUP_ROWS]].tobytes()
+    assert reads == [1]
+    mixed = keys[::-1] + keys[:5]
+    for key, value in zip(mixed, cache.logps(mixed), strict=True):
+        assert value.tobytes() == expected[key].tobytes()
+    assert sorted(reads) == [0, 1, 2]
+    monkeypatch.setattr(cache_module, "OPEN_BYTES", 0)  # one group is kept, so each other one is read again
+    cache = ReferenceCache(tmp_path / "c")
+    reads.clear()
+    for key in (keys[0], keys[1], keys[-1], keys[0]):
+        cache[key]
+    assert reads == [0, 2, 0]
+
+
+def test_a_value_is_the_callers_own(tmp_path):
+    ((key, value),) = values(1, seed=2).items()
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    cache.add({key: value})
+    cache[key][:] = 7
+    assert cache[key].tobytes() == value.tobytes() and cache[key].base is None
+
+
+def test_wrong_keys_are_refused(tmp_path):
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    cache.add({bytes(7) + b"\x01" + bytes(8): np.zeros(1, np.float32)})
+    assert b"\x01" not in cache and b"" not in cache
+    with pytest.raises(ValueError, match=r"keys\[1\] is b'short'"):
+        cache.lookup([bytes(16), b"short"])
+    with pytest.raises(ValueError, match=r"an array \(n, 16\) of uint8 is wanted, not \(2, 8\)"):
+        cache.lookup(np.zeros((2, 8), np.uint8))
+    with pytest.raises(ValueError, match="of int64"):
+        cache.lookup(np.zeros((2, 16), np.int64))
+    with pytest.raises(KeyError):
+        cache[bytes(16)]
+    assert [part.shape for part in cache.lookup([])] == [(0,)] * 3 and cache.logps([]) == []
+
+
+def test_sums_only(tmp_path):
+    expected = values(40)
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT, per_token=False)
+    cache.add(expected)
+    assert pq.read_schema(shard_of(tmp_path / "c")).names == ["key", "tokens", "sum"]
+    for one in (cache, ReferenceCache(tmp_path / "c", FINGERPRINT), ReferenceCache(tmp_path / "c", per_token=False)):
+        check(one, expected, [bytes(16)])
+        with pytest.raises(UserError, match="keeps only the sums of log-probs"):
+            one[next(iter(expected))]
+    with pytest.raises(UserError, match="keeps only the sums of log-probs"):
+        ReferenceCache(tmp_path / "c", FINGERPRINT, per_token=True)
+
+
+def test_a_folder_of_values_stays_one(tmp_path):
+    first, second = values(3, 1), values(3, 2)
+    ReferenceCache(tmp_path / "c", FINGERPRINT).add(first)
+    ReferenceCache(tmp_path / "c", FINGERPRINT, per_token=False).add(second)
+    check(ReferenceCache(tmp_path / "c", per_token=True), first | second)
+
+
+def test_format_1_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "fingerprint": FINGERPRINT}))
+    with pytest.raises(UserError, match="of format 1, and this fastdpo reads format 2; name another folder"):
+        ReferenceCache(tmp_path, FINGERPRINT)
+
+
+def flip(shard, position, bits=0x10):
+    data = bytearray(shard.read_bytes())
+    data[position] ^= bits
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize("column", ["key", "tokens", "sum"])
+@pytest.mark.parametrize("group", [0, 1])
+def test_damage_in_a_column_of_the_index_is_found_at_once(tmp_path, column, group):
+    expected = values(GROUP_ROWS + 3)
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    cache.add(expected)
+    shard = shard_of(tmp_path / "c")
+    kept = values(2, seed=9)
+    cache.add(kept)
+    place = pq.read_metadata(shard).row_group(group).column(["key", "tokens", "sum"].index(column))
+    flip(shard, place.data_page_offset + place.total_compressed_size - 2)
+    with pytest.warns(UserWarning, match=rf"{shard.name} is damaged \(.*CRC.*\); it was set aside as .*\.damaged, and"):
+        again = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    check(again, kept, expected)
+    assert not shard.exists() and shard.with_name(shard.name + ".damaged").exists()
+
+
+def test_damage_in_log_probs_is_found_when_they_are_read(tmp_path):
+    expected, kept = values(GROUP_ROWS + 3), values(2, seed=9)
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    cache.add(expected)
+    shard = shard_of(tmp_path / "c")
+    cache.add(kept | dict([next(iter(expected.items()))]))
+    place = pq.read_metadata(shard).row_group(1).column(3)
+    flip(shard, place.data_page_offset + place.total_compressed_size - 2)
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    first, *_, last = expected
+    assert cache[first].tobytes() == expected[first].tobytes()
+    with pytest.raises(UserError, match=rf"{shard.name} is damaged \(.*CRC.*set aside as .*\.damaged\. Run again"):
+        cache[last]
+    assert not shard.exists() and shard.with_name(shard.name + ".damaged").exists()
+    left = kept | {first: expected[first]}  # that row stands in the other shard, too
+    check(cache, left, expected.keys() - left)
+    check(ReferenceCache(tmp_path / "c"), left, expected.keys() - left)
+    cache.add(expected)
+    check(cache, expected | kept)
+
+
+def test_no_flipped_bit_gives_wrong_values(tmp_path):
+    """Headers and the footer have no checksum of their own; a digest, the counts and the sums stand in."""
+    expected = values(12, seed=5)
+    ReferenceCache(tmp_path / "c", FINGERPRINT).add(expected)
+    shard = shard_of(tmp_path / "c")
+    data = shard.read_bytes()
+    exact = (*cache_module.read_index_columns(shard), *cache_module.read_group(shard, 0))
+    found = 0
+    readers = (
+        (cache_module.read_index_columns, exact[:3]),
+        (lambda shard: cache_module.read_group(shard, 0), exact[3:]),
+    )
+    for position in range(len(data)):
+        flip(shard, position, bits=8 << position % 2)
+        for read, wanted in readers:
+            try:
+                assert all(map(np.array_equal, read(shard), wanted)), position
+            except cache_module.DamagedShard:
+                found += 1
+        shard.write_bytes(data)
+    assert found > len(data)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "empty", "text", "other"])
+def test_what_is_no_shard_is_set_aside(tmp_path, harm):
+    kept = values(3, seed=1)
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    cache.add(values(300))
+    shard = shard_of(tmp_path / "c")
+    cache.add(kept)
+    if harm == "other":  # whole, but of format 1
+        pq.write_table(pq.read_table(shard, columns=["key", "logps"]), shard)
+    else:
+        shard.write_bytes({"truncated": shard.read_bytes()[:-300], "empty": b"", "text": b"PAR1 no PAR1"}[harm])
+    with pytest.warns(UserWarning, match=rf"{shard.name} is damaged"):
+        check(ReferenceCache(tmp_path / "c"), kept)
+    assert shard.with_name(shard.name + ".damaged").exists()
+
+
+def test_a_shard_cut_off_or_gone_after_the_start(tmp_path):
+    expected = values(300)
+    ReferenceCache(tmp_path / "c", FINGERPRINT).add(expected)
+    shard = shard_of(tmp_path / "c")
+    cut, gone = ReferenceCache(tmp_path / "c"), ReferenceCache(tmp_path / "c")
+    shard.write_bytes(shard.read_bytes()[:2000])
+    for cache, message in ((cut, "is damaged"), (gone, "is gone; run again")):
+        with pytest.raises(UserError, match=rf"{shard.name} {message}"):
+            cache[next(iter(expected))]
+        check(cache, {}, expected)
+
+
+def test_a_shard_that_may_not_be_opened_is_left_alone(tmp_path):
+    kept = values(3)
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    cache.add(kept)
+    reader = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    later = values(3, seed=1)
+    cache.add(later)
+    closed = tmp_path / "c" / "shard-zzz.parquet"
+    closed.mkdir()  # root may open any file, but no folder
+    with pytest.raises(UserError, match=rf"{closed.name} cannot be opened \(.*\); check its permissions"):
+        ReferenceCache(tmp_path / "c", FINGERPRINT)
+    with pytest.raises(UserError, match="cannot be opened"):
+        reader.reload()
+    check(reader, kept, later)
+    assert closed.exists()
+    closed.rmdir()
+    reader.reload()
+    check(reader, kept | later)
+
+
+def test_a_folder_that_may_only_be_read(tmp_path, monkeypatch):
+    expected, lost = values(5), values(5, seed=1)
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    cache.add(lost)
+    shard = shard_of(tmp_path / "c")
+    cache.add(expected)
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    (tmp_path / "c").chmod(0o500)
+    check(ReferenceCache(tmp_path / "c", FINGERPRINT), expected | lost)
+    place = pq.read_metadata(shard).row_group(0).column(3)
+    reader = ReferenceCache(tmp_path / "c")
+    flip(shard, place.data_page_offset + place.total_compressed_size - 2)
+    with pytest.raises(UserError, match=r"could not be set aside \(Read-only file system\): delete it\. Run again"):
+        reader[next(iter(lost))]
+    check(reader, expected, lost)
+    flip(shard, 60)
+    with pytest.warns(UserWarning, match=r"could not be set aside \(Read-only file system\): delete it, and"):
+        reader = ReferenceCache(tmp_path / "c")
+    reader.reload()  # does not warn a second time: the suite shows warnings
+    check(reader, expected, lost)
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
+        reader.add(values(1, seed=3))
+    check(reader, expected)
+    assert not list((tmp_path / "c").glob(".*.tmp"))
+    (tmp_path / "c").chmod(0o700)
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """A limit on the size of files fails in the midst of a shard, as a full disk does."""
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    kept = values(5)
+    cache.add(kept)
+    script = """
+        import resource, sys, numpy as np
+        from fastdpo.reference import ReferenceCache
+        from fastdpo.types import UserError
+        cache = ReferenceCache(sys.argv[1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        new = {number.to_bytes(16, "big"): np.zeros(100, np.float32) for number in range(1000)}
+        try:
+            cache.add(new)
+        except UserError as error:
+            print(error, len(cache))
+    """
+    said = run_python(script, tmp_path / "c")
+    assert said.endswith("(File too large); free space or name another folder. What was written before is kept. 5\n")
+    assert sorted(path.suffix for path in (tmp_path / "c").iterdir()) == [".json", ".parquet"]
+    check(ReferenceCache(tmp_path / "c"), kept)
+
+
+def _add(folder, seeds, start):
+    cache = ReferenceCache(folder, FINGERPRINT)
+    start.wait(60)
+    for seed in seeds:
+        cache.add(values(20, seed))
+
+
+@pytest.mark.slow
+def test_two_processes_add_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(2)
+    seeds = [range(0, 40), range(20, 60)]  # half of them are the same
+    processes = [context.Process(target=_add, args=(tmp_path / "c", part, start)) for part in seeds]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    assert len(list((tmp_path / "c").glob("shard-*.parquet"))) == 80
+    expected = {}
+    for seed in range(60):
+        expected |= values(20, seed)
+    check(ReferenceCache(tmp_path / "c", FINGERPRINT), expected, values(20, seed=99))
+
+
+SCALE = """
+    import json, re, sys, time
+    import numpy as np
+    from fastdpo.reference.cache import ReferenceCache
+
+    def memory(field):
+        return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) / 1024
+
+    big, small, seed = sys.argv[1:]
+    ReferenceCache(small)  # what is loaded on the first use is not counted
+    draw = np.random.default_rng(int(seed))
+    before, start = memory("VmRSS"), time.perf_counter()
+    cache = ReferenceCache(big)
+    seconds, peak, held = time.perf_counter() - start, memory("VmHWM") - before, memory("VmRSS") - before
+    keys = draw.bytes(16 * 1_000_000)
+    keys = np.frombuffer(keys, np.uint8).reshape(-1, 16)[draw.permutation(1_000_000)]
+    start = time.perf_counter()
+    found, sums, tokens = cache.lookup(keys)
+    rate = len(keys) / (time.perf_counter() - start)
+    start = time.perf_counter()
+    assert all(key.tobytes() in cache for key in keys[:20_000])
+    one_by_one = 20_000 / (time.perf_counter() - start)
+    some = keys[::5000]
+    start = time.perf_counter()
+    for key, total, count in zip(some, sums[::5000], tokens[::5000]):
+        value = cache[key.tobytes()]
+        assert len(value) == count and abs(float(value.sum(dtype=np.float64)) - total) <= 1e-6 * abs(total)
+    read = len(some) / (time.perf_counter() - start)
+    absent = cache.lookup(keys ^ np.uint8(255))[0]
+    print(json.dumps({"seconds": seconds, "peak_mb": peak, "held_mb": held, "rate": rate, "one_by_one": one_by_one,
+        "values_read": read, "length": len(cache), "found": int(found.sum()), "absent": int(absent.sum()),
+        "sum": float(sums.sum())}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_million_sequences(tmp_path):
+    """The goals; a machine left alone is some ten times as fast."""
+    big, small = tmp_path / "big", tmp_path / "small"
+    ReferenceCache(small, FINGERPRINT).add(values(2))
+    big.mkdir()
+    shutil.copy(small / "manifest.json", big)
+    draw = np.random.default_rng(7)
+    keys = np.frombuffer(draw.bytes(16 * 1_000_000), np.uint8).reshape(20, -1, 16)
+    total = 0.0
+    for number, part in enumerate(keys):
+        tokens = draw.integers(0, 6, len(part))
+        flat = -draw.exponential(size=tokens.sum()).astype(np.float32)
+        total += flat.sum(dtype=np.float64)
+        with open(big / f"shard-{number:020d}-00000000.parquet", "wb") as file:
+            write_shard(file, part, tokens, flat)
+    measured = json.loads(run_python(SCALE, big, small, "7"))
+    print(measured)
+    assert measured["length"] == measured["found"] == 1_000_000 and measured["absent"] == 0
+    assert measured["sum"] == pytest.approx(total, rel=1e-9)
+    assert measured["peak_mb"] < 200
+    assert measured["seconds"] < 3
+    assert measured["rate"] > 200_000
