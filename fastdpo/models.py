@@ -145,6 +145,13 @@ def _check_lengths(model: Any, batch: PreferenceBatch) -> None:
         )
 
 
+def target_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto") -> Tensor:
+    """(N,): the log-prob of each of the batch's targets. `model` as `causal_lm` returns it."""
+    hidden = target_hidden_states(model, batch, attention_backend=attention_backend)
+    head = lm_head(model)
+    return linear_token_logps(hidden, head.weight, batch.target_ids, **head.kwargs())
+
+
 def forward_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str) -> Tensor:
     """`fastdpo.sequence_logps`, through the model's own forward where something is wrapped around it; unverified."""
     inner = causal_lm(model)
@@ -155,9 +162,7 @@ def forward_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str)
 
 
 def _sequence_logps(inner: Any, batch: PreferenceBatch, *, attention_backend: str) -> Tensor:
-    hidden = target_hidden_states(inner, batch, attention_backend=attention_backend)
-    head = lm_head(inner)
-    logps = linear_token_logps(hidden, head.weight, batch.target_ids, **head.kwargs())
+    logps = target_logps(inner, batch, attention_backend=attention_backend)
     return logps.new_zeros(2 * batch.num_pairs).index_add(0, batch.sequence_ids, logps)
 
 

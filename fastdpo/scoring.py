@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.functional import linear_token_logps
-from fastdpo.models import causal_lm, forward_logps, forward_loss, lm_head, target_hidden_states
+from fastdpo.models import causal_lm, forward_logps, forward_loss, target_logps
 from fastdpo.packing import PreferenceBatch, pack, pad
 from fastdpo.types import LossOutput
 from fastdpo.verify import ensure_verified
@@ -77,14 +76,12 @@ def completion_logps(
     batch, sizes = _scoring_batch(sequences, packing)
     with torch.no_grad():
         batch = batch.to(inner.get_output_embeddings().weight.device)
-        hidden = target_hidden_states(inner, batch, attention_backend=attention_backend)
-        head = lm_head(inner)
-        logps = linear_token_logps(hidden, head.weight, batch.target_ids, **head.kwargs())
+        logps = target_logps(inner, batch, attention_backend=attention_backend)
     return list(logps.cpu().split(sizes))
 
 
 def _scoring_batch(sequences: Sequences, packing: str) -> tuple[PreferenceBatch, Sequence[int]]:
-    """What `target_hidden_states` needs of a batch, and how many targets each completion has."""
+    """What `target_logps` needs of a batch, and how many targets each completion has."""
     if packing == "padded":
         padded = pad(sequences)
         rows = torch.cat(padded.target_rows)

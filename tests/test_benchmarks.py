@@ -94,17 +94,18 @@ def test_gather_benchmark_has_the_rows_of_its_groups():
     assert index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 10, 6, 7, 8, 11]
 
 
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.01 * grad
+
+
 @pytest.mark.parametrize("wrong", ["value", "gradient"])
 def test_a_wrong_gather_gets_no_time(monkeypatch, wrong):
-    class WrongGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 1.01 * grad
-
     def wrong_gather(key, value, index, copies, offsets):
         value = WrongGradient.apply(value) if wrong == "gradient" else value + 1e-6
         return key.index_select(0, index), value.index_select(0, index)
@@ -185,15 +186,6 @@ def test_wrong_numbers_get_no_time():
 @pytest.mark.parametrize("family", ["head", "dpo"])
 def test_wrong_gradient_of_the_weight_shows_where_it_is_needed(family):
     (right,) = named(family, "eager")
-
-    class WrongGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, weight):
-            return weight.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 1.01 * grad
 
     def make(problem):
         function = right.make(problem)

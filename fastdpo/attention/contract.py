@@ -24,10 +24,6 @@ class Needs:
     dropout: bool = False
     window: bool = False
 
-    def features(self) -> list[str]:
-        names = {"softcap": self.softcap, "sinks": self.sinks, "dropout": self.dropout, "window": self.window}
-        return [name for name, needed in names.items() if needed]
-
 
 @dataclass(frozen=True)
 class Backend:

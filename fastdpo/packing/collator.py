@@ -12,7 +12,7 @@ from fastdpo.packing.batch import PreferenceBatch
 from fastdpo.packing.layout import pack
 from fastdpo.packing.microbatch import Cost, MicroBatches, even_cuts, fewest, packed_cost, padded_cost
 from fastdpo.packing.padding import pad
-from fastdpo.packing.tree import KEYS_PER_TOKEN
+from fastdpo.packing.tree import pays
 
 PACKINGS = ("prefix", "varlen", "padded")
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -120,7 +120,7 @@ class PreferenceCollator:
     @staticmethod
     def _saved(prompt: Sequence[int], gathered: int) -> int:
         """Tokens of a prompt that its pair need not run again, where sharing them pays (`fastdpo.packing.tree`)."""
-        return len(prompt) if len(prompt) * KEYS_PER_TOKEN >= gathered else 0
+        return len(prompt) if pays(len(prompt), gathered) else 0
 
     def _packed(self, pairs: list[tuple[PromptCompletion, PromptCompletion]]) -> PreferenceBatch:
         sequences = [sequence for pair in pairs for sequence in pair]

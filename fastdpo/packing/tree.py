@@ -95,7 +95,7 @@ def _undo_what_does_not_pay(root: Node) -> None:
     edges = [(child, node) for node in _parents_first(root) for child in node.children]
     for node, parent in reversed(edges):
         saved = (len(node.children) - 1) * node.length
-        if len(node.children) < 2 or saved * KEYS_PER_TOKEN >= _gathered(node):
+        if len(node.children) < 2 or pays(saved, _gathered(node)):
             continue
         kept = 1 if node.ending else 0  # a sequence that ends here stays the beginning of one of them
         if not kept:
@@ -111,6 +111,11 @@ def _parents_first(root: Node) -> list[Node]:
     for node in nodes:  # grows while it is walked
         nodes += node.children
     return nodes
+
+
+def pays(saved: int, gathered: int) -> bool:
+    """Whether tokens that need not be run are worth the keys to be gathered for it."""
+    return saved * KEYS_PER_TOKEN >= gathered
 
 
 def _gathered(node: Node) -> int:

@@ -82,16 +82,20 @@ def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str) -> d
     return {**tokenize_row(row, tokenizer), **references}
 
 
-def token_counts(dataset: Dataset, max_length: int | None) -> np.ndarray:
-    """(rows, 3): tokens of prompt, chosen and rejected answer that are left of each row at `max_length`."""
+def token_counts(dataset: Dataset) -> np.ndarray:
+    """(rows, 3): tokens of prompt, chosen and rejected answer of each row."""
     parts = []
     for table in dataset.with_format("arrow").iter(batch_size=10_000):
         parts.append(np.stack([pc.list_value_length(table[name]).to_numpy() for name in _KEPT[:3]], axis=1))
-    counts = np.concatenate(parts).astype(np.int64)
-    if max_length is not None:
-        counts[:, 0] = np.minimum(counts[:, 0], max_length)
-        counts[:, 1:] = np.minimum(counts[:, 1:], max_length - counts[:, :1])
-    return counts
+    return np.concatenate(parts).astype(np.int64)
+
+
+def cut_counts(counts: np.ndarray, max_length: int | None) -> np.ndarray:
+    """What is left of `token_counts` at `max_length`."""
+    if max_length is None:
+        return counts
+    prompt = np.minimum(counts[:, :1], max_length)
+    return np.concatenate([prompt, np.minimum(counts[:, 1:], max_length - prompt)], axis=1)
 
 
 def check_lengths(dataset: Any, limit: PositionLimit | None, args: Any, *, name: str) -> None:
@@ -102,7 +106,8 @@ def check_lengths(dataset: Any, limit: PositionLimit | None, args: Any, *, name:
     """
     if not isinstance(dataset, Dataset):
         return
-    whole, counts = token_counts(dataset, None), token_counts(dataset, args.max_length)
+    whole = token_counts(dataset)
+    counts = cut_counts(whole, args.max_length)
     cut = int((whole != counts).any(1).sum())
     if cut:
         logger.warning(

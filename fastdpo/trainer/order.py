@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from fastdpo.trainer.dataset import token_counts
+from fastdpo.trainer.dataset import cut_counts, token_counts
 from fastdpo.trainer.sampling import BalancedSampler, LengthGroupedSampler, PromptGroupedSampler, prompt_groups
 
 BALANCED = "batch_rebalance"
@@ -19,7 +19,7 @@ def pair_sampler(dataset: Dataset, args: Any, packing: str, batch_size: int, pro
     packing     decides what a row costs
     batch_size  pairs of a device batch, of which each of so many processes takes one in turn
     """
-    prompt, chosen, rejected = token_counts(dataset, args.max_length).T
+    prompt, chosen, rejected = cut_counts(token_counts(dataset), args.max_length).T
     costs = {
         "prefix": prompt + chosen + rejected,
         "varlen": 2 * prompt + chosen + rejected,

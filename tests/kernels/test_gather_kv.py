@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_implementations import implementations, without_triton
 from torch import Tensor
 
 from fastdpo_kernels import eager
@@ -24,21 +25,8 @@ except ImportError:
     triton_kernels = None
 
 CUDA = torch.cuda.is_available()
-NO_TRITON = pytest.mark.skipif(triton_kernels is None, reason="triton is not installed")
-IMPLEMENTATIONS = [
-    pytest.param((eager, "cpu"), id="eager-cpu"),
-    pytest.param(
-        (triton_kernels, "cpu"),
-        id="triton-interpreter",
-        marks=[NO_TRITON, pytest.mark.skipif(CUDA, reason="runs on the GPU")],
-    ),
-    *(
-        pytest.param(
-            (module, "cuda"), id=name, marks=[*marks, pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no GPU")]
-        )
-        for module, name, marks in [(eager, "eager-cuda", []), (triton_kernels, "triton-cuda", [NO_TRITON])]
-    ),
-]
+NO_TRITON = without_triton(triton_kernels)
+IMPLEMENTATIONS = implementations(eager, triton_kernels)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 # Memory of (rows, H, d): as a projection writes it, transposed, a slice of something wider at no 16-byte boundary, one
 # head seen as many, and elements that are no neighbours.

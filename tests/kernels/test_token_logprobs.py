@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_implementations import implementations
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,21 +34,7 @@ except ImportError:
     triton_kernels = None
 
 CUDA = torch.cuda.is_available()
-NO_TRITON = pytest.mark.skipif(triton_kernels is None, reason="triton is not installed")
-IMPLEMENTATIONS = [
-    pytest.param((eager, "cpu"), id="eager-cpu"),
-    pytest.param(
-        (triton_kernels, "cpu"),
-        id="triton-interpreter",
-        marks=[NO_TRITON, pytest.mark.skipif(CUDA, reason="runs on the GPU")],
-    ),
-    *(
-        pytest.param(
-            (module, "cuda"), id=name, marks=[*marks, pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no GPU")]
-        )
-        for module, name, marks in [(eager, "eager-cuda", []), (triton_kernels, "triton-cuda", [NO_TRITON])]
-    ),
-]
+IMPLEMENTATIONS = implementations(eager, triton_kernels)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
