@@ -96,7 +96,7 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: bool =
     layout = _layout(tree, len(input_ids))
 
     # The rows of a sequence are the first keys of a leaf on whose path it lies.
-    key_rows = np.arange(len(input_ids)) if layout.kv_index is None else layout.kv_index.numpy()
+    key_rows = _count(len(input_ids)) if layout.kv_index is None else layout.kv_index.numpy()
     key_starts = layout.cu_seqlens_k.tolist()
     path_starts = [key_starts[leaf] for leaf in tree.leaf_of_sequence]
     target_rows, target_ids, counts = [], [], []
@@ -126,21 +126,21 @@ def _layout(tree: Tree, num_rows: int) -> PackedLayout:
         q_lengths[node.first_leaf] += length
     k_lengths = [nodes[path[-1]].end for path in paths]
     key_starts = np.array([0, *accumulate(k_lengths)])
-    count = np.arange(max(num_rows, *k_lengths, 0))  # slices of it are cheaper than ranges
+    count = _count(max(num_rows, *k_lengths, 0))  # slices of it are cheaper than ranges
     kv_index = kv_copies = kv_offsets = None
     if key_starts[-1] != num_rows:  # every row is a key at least once: as many keys as rows is one key a row, in order
         kv_index = np.concatenate([count[starts[node] : starts[node + 1]] for path in paths for node in path])
         # A node's rows are keys of every leaf below it, there at their depth.
         leaves = [(node.first_leaf, _leaf_after(nodes, node, len(paths))) for node in nodes]
-        kv_copies = np.concatenate(
-            [
-                (count[node.begin : node.end, None] + key_starts[first:last]).ravel()
-                for node, (first, last) in zip(nodes, leaves, strict=True)
-            ]
-        )
-        kv_offsets = np.zeros(num_rows + 1, dtype=np.int64)
+        kv_copies = np.empty(len(kv_index), dtype=np.int64)
+        written = 0
+        for node, (first, last) in zip(nodes, leaves, strict=True):
+            copies = kv_copies[written : (written := written + node.length * (last - first))].reshape(node.length, -1)
+            for leaf in range(first, last):
+                np.add(count[node.begin : node.end], key_starts[leaf], out=copies[:, leaf - first])
         copies_a_row = [last - first for first, last in leaves]
-        np.cumsum(np.repeat(copies_a_row, lengths), out=kv_offsets[1:])
+        kv_offsets = np.repeat([0, *copies_a_row], [1, *lengths])
+        np.cumsum(kv_offsets, out=kv_offsets)
     ends = np.array([starts[node.subtree_end] for node in nodes], dtype=np.int64)
     return PackedLayout(
         cu_seqlens_q=_cumulative(q_lengths),
@@ -155,6 +155,17 @@ def _layout(tree: Tree, num_rows: int) -> PackedLayout:
         q_lengths=tuple(q_lengths),
         k_lengths=tuple(k_lengths),
     )
+
+
+_COUNT = np.arange(1 << 16)
+
+
+def _count(length: int) -> np.ndarray:
+    """0, 1, 2, ..., at least `length` of them, kept from call to call, for fresh memory costs more."""
+    global _COUNT
+    if len(_COUNT) < length:
+        _COUNT = np.arange(2 * length)
+    return _COUNT
 
 
 def _leaf_after(nodes: list[Node], node: Node, num_leaves: int) -> int:

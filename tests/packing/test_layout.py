@@ -1,6 +1,7 @@
 """What a packed row says of each sequence, against what it must say."""
 
 import random
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -154,16 +155,21 @@ def test_order_is_that_of_the_sequences():
 
 
 def test_building_a_large_layout_is_quick():
-    import time
-
     draw = random.Random(0)
     pairs = []
     for _ in range(64):
         prompt, chosen, rejected = (np.array([draw.randrange(50000) for _ in range(n)]) for n in (400, 300, 300))
         pairs += [(prompt, chosen), (prompt, rejected)]
-    best = float("inf")
-    for _ in range(20):
-        began = time.perf_counter()
-        pack(pairs)
-        best = min(best, time.perf_counter() - began)
-    assert best < 0.005, f"{best * 1e3:.1f} ms for 64 pairs of 1,000 tokens"
+
+    # 5 ms, and on a slower or busier machine as much longer as fresh memory takes there: 5 MB of it are the floor.
+    def best_of(work, repeats):
+        times = []
+        for _ in range(repeats):
+            began = time.thread_time()
+            work()
+            times.append(time.thread_time() - began)
+        return min(times)
+
+    best = best_of(lambda: pack(pairs), 60)
+    floor = best_of(lambda: [np.full(64_000, 1) for _ in range(10)], 60)
+    assert best < max(0.005, 4 * floor), f"{best * 1e3:.1f} ms for 64 pairs of 1,000 tokens, floor {floor * 1e3:.1f} ms"
