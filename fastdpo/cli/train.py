@@ -1,15 +1,12 @@
-"""The command `fastdpo`. A mistake of the user's gives one sentence on stderr and exit code 2, without a traceback."""
+"""fastdpo train, fastdpo demo."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from fastdpo.types import UserError
 
-_DESCRIPTION = "Preference training (DPO) of causal language models, fast and exact."
 _TRAIN_EPILOG = """\
 The data set is a file with one JSON object a line:
   {"prompt": "...", "chosen": "...", "rejected": "..."}
@@ -23,31 +20,7 @@ example:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
-    if options.command is None:
-        parser.print_help()
-        return 0
-    try:
-        if options.command == "train":
-            _train(options, rest)
-        else:
-            if rest:
-                raise UserError(f"fastdpo {options.command} does not know {rest[0]}; see fastdpo {options.command} -h.")
-            _demo(options)
-    except UserError as error:
-        print(f"fastdpo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fastdpo: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastdpo", description=_DESCRIPTION)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+def add_commands(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a model of yours on pairs of yours",
@@ -81,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         help="prefix: each prompt runs once; auto takes it where the model allows (default auto)",
     )  # fmt: skip
     running.add_argument("--ref_logps", metavar="DIR", help="reference cache; default: in the user's cache folder")
+    train.set_defaults(run=_train, takes_config=True, prog=train.prog)
 
     demo = commands.add_parser(
         "demo",
@@ -88,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains SmolLM2-135M-Instruct to answer honestly that it is a program; minutes on two CPU cores.",
     )
     demo.add_argument("--output_dir", default="fastdpo-demo", metavar="DIR", help="default ./fastdpo-demo")
-    return parser
+    demo.set_defaults(run=_demo, takes_config=False, prog=demo.prog)
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
@@ -98,14 +72,14 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     data = load_data(options.dataset, options.eval_dataset)
     check_model_path(options.model)
     output = check_output_dir(options.output_dir)
-    not_config = ("command", "model", "dataset", "eval_dataset", "output_dir")
+    not_config = ("command", "run", "takes_config", "prog", "model", "dataset", "eval_dataset", "output_dir")
     named = {name: value for name, value in vars(options).items() if name not in not_config}
     args = _config(str(output), named, rest)
     model, tokenizer = load_model(options.model, "float32")
     run(model, tokenizer, data, args, title=f"fastdpo train: {options.model}")
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _demo(options: argparse.Namespace, rest: list[str]) -> None:
     from fastdpo.demo import HELD_OUT_FILE, MODEL_NAME, SETTINGS, TRAIN_FILE, prepare_model
     from fastdpo.run import check_output_dir, load_data, load_model, run
 
