@@ -8,7 +8,7 @@ GPU_PYTHON ?= python3
 GPU_ENV := PYTHONPATH=.:kernels:tests PYTHONUNBUFFERED=1
 RESULTS ?= benchmarks/results
 
-.PHONY: help demo test lint format bench bench-step bench-kernels tables docs test-gpu bench-gpu clean
+.PHONY: help demo test lint format bench bench-step bench-reference bench-kernels tables docs test-gpu bench-gpu clean
 help:
 	@echo "make demo      a small real model changes its mind, in minutes"
 	@echo "make test      the test suite        make lint      ruff and mypy       make format   ruff, writing"
@@ -31,10 +31,12 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-step bench-kernels tables
+bench: bench-step bench-reference bench-kernels tables
 bench-step: $(VENV)/.bench
 	$(BIN)/python benchmarks/step/hh_cpu.py
 	$(BIN)/python benchmarks/step/train_step.py --results benchmarks/results
+bench-reference: $(VENV)/.bench
+	$(BIN)/python benchmarks/reference/precompute_cpu.py
 bench-kernels: $(VENV)/.bench
 	$(BIN)/python benchmarks/kernels/cpu_claims.py --results benchmarks/results
 

@@ -8,6 +8,9 @@ import os
 import platform
 import re
 import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,25 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()
+
+
+def in_a_process(arguments: Sequence[str]) -> Any:
+    """What Python with these arguments writes as JSON to the file that it is given behind `--out`.
+
+    With empty caches, so that whoever keeps a reference computes it afresh; and offline.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+            "FASTDPO_CACHE": f"{folder}/fastdpo",
+            "HF_HOME": f"{folder}/hf",
+            "HF_HUB_OFFLINE": "1",
+        }
+        print("running", " ".join(arguments[1:]), flush=True)
+        subprocess.run([sys.executable, *arguments, "--out", str(out)], env=environment, check=True)
+        return json.loads(out.read_text())
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:

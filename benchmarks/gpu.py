@@ -41,9 +41,10 @@ def parts(kind: str, results: str) -> dict[str, tuple[list[str], int]]:
             "attention and models": ([*pytest, "tests/attention", "tests/test_models.py"], 120),
         }
     return {
-        "kernels": (["benchmarks/kernels/logprobs.py", "--seconds", "175", "--results", results], 231),
-        "gather": (["benchmarks/kernels/gather.py", "--results", results], 60),
-        "train step": (["benchmarks/step/train_step.py", "--results", results], 213),
+        "kernels": (["benchmarks/kernels/logprobs.py", "--seconds", "134", "--results", results], 190),
+        "gather": (["benchmarks/kernels/gather.py", "--results", results], 50),
+        "train step": (["benchmarks/step/train_step.py", "--seconds", "107", "--results", results], 170),
+        "reference": (["benchmarks/reference/precompute_gpu.py", "--seconds", "66", "--results", results], 88),
     }
 
 

@@ -16,7 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MISSING = "not measured"
 sys.path.insert(0, str(ROOT / "benchmarks" / "step"))
 
-from workloads import PLANS, Part  # noqa: E402
+from workloads import PLANS, REFERENCE_PAIRS, REFERENCE_PLANS, Part  # noqa: E402
 
 
 def results(name: str) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def step_hh_cpu() -> str:
 
 STEP_COMMANDS = {"cpu": "make bench", "cuda": "make bench-gpu"}
 STEP_DEVICES = {"cpu": "on a CPU", "cuda": "on a GPU"}
-BASELINES = {"trl": "TRL", "plain": "a plain padded step"}
+BASELINES = {"trl": "TRL", "plain": "a plain padded step", "naive": "padded passes"}
 
 
 def train_step() -> str:
@@ -98,7 +98,7 @@ def _measured(record: dict[str, Any], planned: Part) -> dict[str, Any] | None:
 def _against(part: dict[str, Any], key: str) -> str:
     """A ratio of prefix packing, and what to; without a baseline (out of memory, say) there is none."""
     ratio = part["contestants"]["prefix"][key]
-    return MISSING if ratio is None else f"{ratio:.2f}× {BASELINES[part['baseline']]}"
+    return MISSING if ratio is None else f"{_times(ratio)} {BASELINES[part['baseline']]}"
 
 
 KERNEL_CASES = {
@@ -195,7 +195,75 @@ def _speedups(records: list[dict[str, Any]]) -> str:
     return "; ".join(cells) or f"{MISSING} (`make bench-gpu`)"
 
 
-TABLES = {"step_hh_cpu": step_hh_cpu, "train_step": train_step, "gpu": gpu, "kernels_cpu": kernels_cpu}
+def reference() -> str:
+    """The reference pass: a table a CPU, then one a GPU; one that nobody has measured says so."""
+    cpu = [_reference_cpu(record) for record in results("reference_cpu")] or [_reference_cpu(None)]
+    gpu = [_reference_gpu(record) for record in results("reference_gpu")] or [_reference_gpu(None)]
+    return "\n\n".join([*cpu, *gpu])
+
+
+REFERENCE_ROWS = {"s": "seconds", "peak memory, GB": "peak_memory_gb", "tokens through the backbone": "backbone_tokens"}
+
+
+def _reference_cpu(record: dict[str, Any] | None) -> str:
+    title = f"{REFERENCE_PAIRS} pairs of HH-RLHF lengths, SmolLM2-135M, float32"
+    if record is None:
+        return f"| {STEP_DEVICES['cpu']} | |\n|---|---|\n| {title} | {MISSING} (`{STEP_COMMANDS['cpu']}`) |"
+    (part,) = record["parts"]
+    rows = part["contestants"]
+    others = {"trl": ("default, ", "speedup"), "trl_best": ("its fastest, ", "speedup_best")}
+    others = {name: column for name, column in others.items() if name in rows}
+    trl = f"TRL {record['versions']['trl']}"
+    heads = [f"{trl}, {which}batches of {rows[name]['batch_size']}" for name, (which, _) in others.items()]
+    lines = [f"| {title} | fastdpo | " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(others)]
+    for label, key in REFERENCE_ROWS.items():
+        lines.append(f"| {label} | " + " | ".join(_reference_cell(row, key) for row in rows.values()) + " |")
+    speedups = (_times(rows["prefix"][figure]) for _, figure in others.values())
+    lines += [
+        f"| speed-up of fastdpo | | {' | '.join(speedups)} |",
+        "",
+        f"Medians of {record['rounds']} runs in turn. {source(record)}.{_step_goals(record['goals'])}",
+    ]
+    return "\n".join(lines)
+
+
+def _reference_cell(row: dict[str, Any], key: str) -> str:
+    if not row["numbers_agree"]:
+        return "numbers differ"
+    return str(row[key]) if key == "backbone_tokens" else f"{row[key]:.2f}"
+
+
+def _reference_gpu(record: dict[str, Any] | None) -> str:
+    device = STEP_DEVICES["cuda"] if record is None else record["device"]
+    lines = [f"| {device} | tokens/s | of the matrix-product ceiling | device busy | speed-up |",
+             "|---|---:|---:|---:|---:|"]  # fmt: skip
+    for planned in REFERENCE_PLANS["cuda"]:
+        part = None if record is None else _measured(record, planned)
+        row = {} if part is None else part["contestants"]["prefix"]
+        if row.get("seconds") is None:
+            cells = [f"{MISSING} (`{STEP_COMMANDS['cuda']}`)", "", "", ""]
+        else:
+            busy = row["device_seconds"]
+            cells = [f"{row['tokens_per_second']:,.0f}", f"{row['share_of_ceiling']:.0%}",
+                     MISSING if busy is None else f"{busy / row['seconds']:.0%}",
+                     _against(part, "speedup")]  # fmt: skip
+        lines.append(f"| {planned} | " + " | ".join(cells) + " |")
+    if record is not None:
+        lines += ["", f"{source(record)}.{_step_goals(record['goals'])}"]
+    return "\n".join(lines)
+
+
+def _times(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}×"
+
+
+TABLES = {
+    "step_hh_cpu": step_hh_cpu,
+    "train_step": train_step,
+    "reference": reference,
+    "gpu": gpu,
+    "kernels_cpu": kernels_cpu,
+}
 
 
 def filled(text: str) -> str:

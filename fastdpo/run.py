@@ -27,7 +27,9 @@ class RunData:
 
 
 def load_data(dataset: str | Path, eval_dataset: str | Path | None) -> RunData:
-    """Reads and checks the rows; without an evaluation file, every tenth row or so is held out (a fixed draw).
+    """Reads and checks all rows of what `fastdpo.data.open_rows` takes.
+
+    Without an evaluation set, every tenth row or so is held out (a fixed draw).
 
     Raises:
         DataError: names file, row and remedy.
@@ -48,7 +50,7 @@ def load_data(dataset: str | Path, eval_dataset: str | Path | None) -> RunData:
     return RunData([row for i, row in enumerate(train) if i not in held_out], [train[i] for i in sorted(held_out)])
 
 
-def check_output_dir(path: str | Path) -> Path:
+def check_output_dir(path: str | Path, option: str = "--output_dir") -> Path:
     """Makes the folder and writes to it once, so that a run of hours does not fail at its end."""
     path = Path(path)
     probe = path / f".fastdpo-{os.getpid()}"
@@ -58,39 +60,59 @@ def check_output_dir(path: str | Path) -> Path:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"{path}: this output folder cannot be written ({error.strerror}); name another one with --output_dir."
+            f"{path}: this output folder cannot be written ({error.strerror}); name another one with {option}."
         ) from None
     return path
 
 
-def check_model_path(path: str) -> None:
-    """A local path must hold a model; a name of the form owner/model is left to transformers."""
+# By the option that names the folder: its config, weights, and weights that are pickled.
+_FILES = {
+    "--model": ("config.json", ("*.safetensors", "*.safetensors.index.json"), "*.bin*"),
+    "--adapter": ("adapter_config.json", ("adapter_model.safetensors",), "adapter_model.bin"),
+}
+
+
+def check_model_path(path: str, option: str = "--model", allow_pickle: bool = False) -> None:
+    """A local path must hold a model, or an adapter for one; a name of the form owner/model is left to transformers."""
+    from fastdpo.data.read import is_hub_name
+
     folder = Path(path)
+    config, weights, pickled = _FILES[option]
     if not folder.exists():
-        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        if is_hub_name(path):
             return
-        raise UserError(f"{path}: there is no such model folder; check the path given with --model.")
-    if not folder.is_dir() or not (folder / "config.json").is_file():
+        raise UserError(f"{path}: there is no such model folder; check the path given with {option}.")
+    if not folder.is_dir() or not (folder / config).is_file():
         raise UserError(
-            f"{path} is no model: it holds no config.json; give a folder that save_pretrained wrote with --model."
+            f"{path} is no {option[2:]}: it holds no {config}; give a folder that save_pretrained wrote with {option}."
         )
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        json.loads((folder / config).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{path} is no model: its config.json cannot be read as JSON.") from None
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.index.json")]
-    if not weights:
-        raise UserError(f"{path} is no model: it holds no weights (model.safetensors); save the model there again.")
+        raise UserError(f"{path} is no {option[2:]}: its {config} cannot be read as JSON.") from None
+    if any(any(folder.glob(pattern)) for pattern in weights):
+        return
+    if not any(folder.glob(pickled)):
+        raise UserError(
+            f"{path} is no {option[2:]}: it holds no weights ({weights[0].replace('*', 'model')}); save it there again."
+        )
+    if not allow_pickle:
+        raise UserError(
+            f"{path} holds its weights as pickled .bin files, which can run code when they are read; save the "
+            f"{option[2:]} again as safetensors, or allow them with --allow_pickle true."
+        )
 
 
-def load_model(path: str, dtype: Any) -> tuple[Any, Any]:
-    """Model and tokenizer, from local files or by name."""
+def load_model(path: str, dtype: Any, *, adapter: str | None = None, allow_pickle: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer, from local files or by name; with `adapter`, a PEFT adapter on top."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be loaded as a model: {reason}") from error
@@ -106,7 +128,25 @@ def load_model(path: str, dtype: Any) -> tuple[Any, Any]:
             f"{path}: the tokenizer knows {len(tokenizer)} tokens and the model has embeddings for {rows}; "
             "save the tokenizer that belongs to the model, or call model.resize_token_embeddings before saving."
         )
-    return model, tokenizer
+    return (model if adapter is None else _with_adapter(model, adapter, allow_pickle)), tokenizer
+
+
+def _with_adapter(model: Any, path: str, allow_pickle: bool) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UserError("an adapter needs the package peft; install it, or merge the adapter into the model.") from None
+    from safetensors import SafetensorError
+
+    try:
+        if not Path(path).exists() and not allow_pickle:
+            from huggingface_hub import snapshot_download
+
+            path = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
+        return PeftModel.from_pretrained(model, path)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be put on this model as an adapter: {reason}") from error
 
 
 def run(model: Any, tokenizer: Any, data: RunData, args: Any, *, title: str) -> dict[str, Any]:

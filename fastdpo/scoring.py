@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fastdpo.packing import PreferenceBatch, pack, pad
 from fastdpo.types import LossOutput
 from fastdpo.verify import ensure_verified
 
-Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+Sequences = Sequence[tuple[Any, Any]]  # of (prompt ids, completion ids), lists or arrays
 
 
 def sequence_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto") -> Tensor:
@@ -71,17 +72,36 @@ def completion_logps(
     Raises:
         ValueError: as `sequence_logps`.
     """
-    inner = causal_lm(model)
     ensure_verified(model, packing, attention_backend)
-    batch, sizes = _scoring_batch(sequences, packing)
+    scoring = scoring_batch(sequences, packing)
+    batch = scoring.batch.to(scoring_device(model))
+    return list(score(model, batch, attention_backend=attention_backend).cpu().split(scoring.counts))
+
+
+# The same in steps, for those who pack one batch while another runs.
+
+
+def scoring_device(model: Any) -> torch.device:
+    """Where a batch must be for `score`."""
+    device: torch.device = causal_lm(model).get_output_embeddings().weight.device
+    return device
+
+
+def score(model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto") -> Tensor:
+    """Log-probs of all targets of a `scoring_batch`, in a row, on the model's device. Verifies nothing."""
     with torch.no_grad():
-        batch = batch.to(inner.get_output_embeddings().weight.device)
-        logps = target_logps(inner, batch, attention_backend=attention_backend)
-    return list(logps.cpu().split(sizes))
+        return target_logps(causal_lm(model), batch, attention_backend=attention_backend)
 
 
-def _scoring_batch(sequences: Sequences, packing: str) -> tuple[PreferenceBatch, Sequence[int]]:
-    """What `target_logps` needs of a batch, and how many targets each completion has."""
+@dataclass(frozen=True)
+class ScoringBatch:
+    """What `score` needs of a batch, and how many targets each completion has."""
+
+    batch: PreferenceBatch
+    counts: tuple[int, ...]
+
+
+def scoring_batch(sequences: Sequences, packing: str) -> ScoringBatch:
     if packing == "padded":
         padded = pad(sequences)
         rows = torch.cat(padded.target_rows)
@@ -93,7 +113,7 @@ def _scoring_batch(sequences: Sequences, packing: str) -> tuple[PreferenceBatch,
             target_rows=rows,
             target_ids=padded.targets(rows),
         )
-        return batch, [len(rows) for rows in padded.target_rows]
+        return ScoringBatch(batch, tuple(len(rows) for rows in padded.target_rows))
     packed = pack(sequences, share=packing == "prefix")
     batch = PreferenceBatch(
         packing=packing,
@@ -103,4 +123,4 @@ def _scoring_batch(sequences: Sequences, packing: str) -> tuple[PreferenceBatch,
         target_rows=packed.target_rows,
         target_ids=packed.target_ids,
     )
-    return batch, packed.target_counts
+    return ScoringBatch(batch, packed.target_counts)

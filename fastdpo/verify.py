@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from fastdpo.attention import packed_layers
 from fastdpo.models import causal_lm, evaluating, forward_logps
-from fastdpo.packing import PreferenceCollator
+from fastdpo.packing import PACKINGS, PreferenceCollator
 from fastdpo.types import UserError
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, list[int]]
 
@@ -32,6 +35,28 @@ def ensure_verified(model: Any, packing: str, attention_backend: str) -> None:
     inner = causal_lm(model)
     if (packing, attention_backend, _arithmetic(inner)) not in _verified.get(inner, ()):
         verify_packing(model, packing, attention_backend=attention_backend)
+
+
+def choose_packing(model: Any, wanted: str, attention_backend: str = "auto") -> str:
+    """The wanted packing, verified; for "auto", the first one that gives this model's own log-probs.
+
+    Raises:
+        UserError: as `verify_packing`; for "auto", where none suits.
+    """
+    if wanted != "auto":
+        ensure_verified(model, wanted, attention_backend)
+        return wanted
+    refusals: list[str] = []
+    for packing in PACKINGS:
+        try:
+            ensure_verified(model, packing, attention_backend)
+        except UserError as error:
+            refusals.append(str(error))
+            continue
+        if refusals:
+            logger.warning("Running with packing=%r: %s", packing, refusals[0])
+        return packing
+    raise UserError(f"no way of packing suits this model: {' '.join(refusals)}")
 
 
 def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto") -> None:

@@ -5,6 +5,7 @@ import resource
 import pytest
 import torch
 
+from fastdpo import device
 from fastdpo.device import _glibc, freed_memory_kept, gemm_flops_per_second, peak_memory_gb
 
 CPU = torch.device("cpu")
@@ -27,6 +28,23 @@ def test_later_steps_fault_nothing_in():
     assert faults[-1] < 1000  # of some 40,000 pages
     with freed_memory_kept(torch.device("cuda")):  # nothing to do there
         pass
+
+
+def test_ceiling_is_that_of_the_fastest_product(monkeypatch):
+    """Slow ones, as on a busy machine, change nothing while there is time; ten that bring nothing are the end."""
+    drawn = [9.0, 8.0, *[9.0] * 9, 7.0, 6.97, 2.0, *[3.0] * 50]
+    left = list(drawn)
+    monkeypatch.setattr(device, "_product_seconds", lambda a, out: left.pop(0))
+    assert gemm_flops_per_second(CPU, torch.float32) == 2 * 1024**3 / 2.0
+    assert len(drawn) - len(left) == drawn.index(2.0) + 1 + 10
+
+
+def test_ceiling_takes_little_time(monkeypatch):
+    left = [2.0, 1.0]
+    monkeypatch.setattr(device, "_product_seconds", lambda a, out: left.pop(0))
+    monkeypatch.setattr(device, "_GEMM_SECONDS", 0.0)
+    assert gemm_flops_per_second(CPU, torch.float32) == 2 * 1024**3 / 2.0
+    assert left == [1.0]
 
 
 def test_measurements_are_plausible():

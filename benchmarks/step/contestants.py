@@ -148,9 +148,9 @@ def trl_trainer(model: Any) -> Any:
     hash the model and fill its cache first; then it is told that the batches carry them.
     """
     from datasets import Dataset
-    from hh_cpu import word_tokenizer
     from transformers import AutoModelForCausalLM, LlamaConfig
     from trl import DPOConfig, DPOTrainer
+    from workloads import word_tokenizer
 
     toy = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     with tempfile.TemporaryDirectory() as folder:

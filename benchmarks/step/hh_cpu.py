@@ -12,11 +12,7 @@ only where the losses and gradient norms of all steps agree.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
-import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +20,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-LENGTHS = ROOT / "benchmarks" / "data" / "hh_rlhf_harmless_test.csv"
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "step")]
+
+from common import in_a_process, write_result  # noqa: E402
+from workloads import MAX_LENGTH, text_rows, word_tokenizer  # noqa: E402
+
 BATCH = 8
 CONTESTANTS = ("fastdpo", "trl")
 
@@ -39,13 +39,11 @@ def main() -> int:
     if options.contestant:
         Path(options.out).write_text(json.dumps(train(options.contestant, options.model, options.pairs)))
         return 0
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
-    from common import write_result
-
     from fastdpo.demo import prepare_model
 
     model = options.model or str(prepare_model())
-    results = {name: in_a_process(name, model, options.pairs) for name in CONTESTANTS}
+    shared = ["--model", model, "--pairs", str(options.pairs)]
+    results = {name: in_a_process([__file__, "--contestant", name, *shared]) for name in CONTESTANTS}
     ours, theirs = (results[name] for name in CONTESTANTS)
     agree = all(
         abs(a - b) <= 1e-3 * max(1.0, abs(b))
@@ -66,55 +64,6 @@ def main() -> int:
     if options.pairs == 32:
         print("written to", write_result("step_hh_cpu", summary))
     return 0 if agree else 1
-
-
-def in_a_process(contestant: str, model: str, pairs: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-            "FASTDPO_CACHE": f"{folder}/fastdpo",  # both compute their reference afresh
-            "HF_HOME": f"{folder}/hf",
-            "HF_HUB_OFFLINE": "1",
-        }
-        command = [sys.executable, __file__, "--contestant", contestant, "--model", model, "--pairs", str(pairs)]
-        print(f"running {contestant}", flush=True)
-        subprocess.run([*command, "--out", str(out)], env=environment, check=True)
-        return json.loads(out.read_text())
-
-
-def rows(pairs: int, vocabulary: int) -> list[dict[str, str]]:
-    """Text of one word a token, so that both tokenize to the same ids; the answers end with the end-of-text token."""
-    draw = random.Random(0)
-    made = []
-    with open(LENGTHS) as file:
-        lines = csv.DictReader(line for line in file if not line.startswith("#"))
-        for lengths in lines:
-            if len(made) == pairs:
-                break
-
-            def words(count: int) -> str:
-                return " ".join(f"t{draw.randrange(3, vocabulary)}" for _ in range(count))
-
-            made.append(
-                {
-                    "prompt": words(int(lengths["prompt"])),
-                    "chosen": " " + words(int(lengths["chosen"]) - 1),
-                    "rejected": " " + words(int(lengths["rejected"]) - 1),
-                }
-            )
-    return made
-
-
-def word_tokenizer(vocabulary: int) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, vocabulary))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
 
 
 def train(contestant: str, model_path: str, pairs: int) -> dict[str, Any]:
@@ -147,7 +96,7 @@ def train(contestant: str, model_path: str, pairs: int) -> dict[str, Any]:
             learning_rate=1e-6,
             lr_scheduler_type="constant",
             logging_steps=1,
-            max_length=512,
+            max_length=MAX_LENGTH,
             bf16=False,
             gradient_checkpointing=False,
             precompute_ref_log_probs=True,
@@ -159,7 +108,7 @@ def train(contestant: str, model_path: str, pairs: int) -> dict[str, Any]:
         trainer = DPOTrainer(
             model=model,
             args=config,
-            train_dataset=Dataset.from_list(rows(pairs, vocabulary)),
+            train_dataset=Dataset.from_list(text_rows(pairs, vocabulary)),
             processing_class=word_tokenizer(vocabulary),
             callbacks=[Clock()],
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-DEVICE = "H200"  # part of the name of the devices that the goals are meant for
+DEVICE = "H200"
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Goal:
     shape: str | None = None
     at_least: bool = True
     against_trl: bool = False  # a figure against something else says nothing
+    device: str = DEVICE  # part of the name of the devices that it is meant for
 
     def concerns(self, part: dict[str, Any]) -> bool:
         return self.model in (None, part["model"]) and self.shape in (None, part["shape"])
@@ -40,9 +41,9 @@ GOALS = (
 def evaluate(device: str, parts: Iterable[dict[str, Any]], goals: Iterable[Goal] = GOALS) -> list[dict[str, Any]]:
     """Every goal in every part that it concerns, with what was measured there."""
     verdicts = []
-    parts = list(parts) if DEVICE in device else []
+    parts = list(parts)
     for goal in goals:
-        for part in filter(goal.concerns, parts):
+        for part in filter(goal.concerns, parts if goal.device in device else []):
             value = part["contestants"]["prefix"][goal.figure]
             if value is None or (goal.against_trl and part["baseline"] != "trl"):
                 verdict = "not measured"

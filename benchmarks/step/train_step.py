@@ -18,13 +18,11 @@ or was left out for time, or where a packing of fastdpo failed or computed somet
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ import torch  # noqa: E402
 from common import device_name, write_result  # noqa: E402
 from contestants import BETA, PACKINGS, Contestant, Contestants  # noqa: E402
 from flops import ModelFlops  # noqa: E402
+from running import TOLERANCES, forget, make_model, told  # noqa: E402
 from step_goals import evaluate, line  # noqa: E402
 from timing import Mark, interleaved_intervals, peak_extra_bytes, synchronize  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -50,23 +49,6 @@ FIGURES = ("seconds", "spread", "pairs_per_second", "extra_bytes", "mfu", "speed
            "memory_ratio")  # fmt: skip
 
 ROUNDS_SECONDS = 6.0  # for the timed rounds of a part, of which there are two at the least
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Nats by which a token's log-prob may be off, at random; and how far the gradient's norm may be, relatively."""
-
-    token: float
-    norm: float
-
-    def loss(self, pairs: int, targets: int) -> float:
-        """Three standard deviations of the mean loss of the pairs, whose slope in a log-prob is at most beta."""
-        return 3 * BETA * self.token * math.sqrt(targets) / pairs
-
-
-# Between the contestants, a Llama of 12 layers and 1024 channels in bfloat16 was off by up to 0.006 nats and 0.0022 of
-# the norm (hh, CPU, 2026-11-21); deeper and wider ones round more. What is left out or counted twice is nats off.
-TOLERANCES = {torch.float32: Tolerance(1e-4, 1e-3), torch.bfloat16: Tolerance(2e-2, 1e-2)}
 
 
 class Step:
@@ -117,15 +99,6 @@ def gradient_norm(model: Any) -> float:
     return torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm().item()
 
 
-def forget() -> None:
-    """What one step leaves would count against the next: garbage, and free memory that the process holds on to."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
 def measure(part: Part, model: Any, contestants: Contestants, checkpointing: bool, most_rounds: int) -> dict[str, Any]:
     """Rows of all contestants."""
     pairs = rows(part, model.config.vocab_size)
@@ -141,9 +114,9 @@ def measure(part: Part, model: Any, contestants: Contestants, checkpointing: boo
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "checkpointing": checkpointing,
-        "ceiling_per_second": max(gemm_flops_per_second(model.device, model.dtype) for _ in range(3)),
+        "ceiling_per_second": gemm_flops_per_second(model.device, model.dtype),
         "useful_flops": flops(made["prefix"].work, checkpointing=False),
-        "loss_tolerance": tolerance.loss(part.pairs, targets),
+        "loss_tolerance": BETA * tolerance.sum(targets) / part.pairs,  # beta: the slope in a log-prob, at most
         "norm_tolerance": tolerance.norm,
         "baseline": None,
         "contestants": {},
@@ -180,15 +153,6 @@ def empty_row() -> dict[str, Any]:
 def failed(row: dict[str, Any], error: Exception) -> None:
     status, reason = told(error)
     row.update(dict.fromkeys(FIGURES), status=status, reason=reason)
-
-
-def told(error: Exception) -> tuple[str, str]:
-    """(status, reason): the first line, with the name of the exception."""
-    error.with_traceback(None)  # whose frames would hold on to tensors
-    lines = str(error).strip().splitlines()
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-    reason = f"{type(error).__name__}: {lines[0][:300] if lines else ''}".rstrip(": ")
-    return ("out of memory" if memory else "failed"), reason
 
 
 def compare_numbers(result: dict[str, Any]) -> None:
@@ -243,18 +207,6 @@ def relate(result: dict[str, Any]) -> None:
         row["achieved"] = row["speedup"] / row["flop_ratio"]
         if row["extra_bytes"] is not None and theirs["extra_bytes"]:
             row["memory_ratio"] = row["extra_bytes"] / theirs["extra_bytes"]
-
-
-def make_model(name: str, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> Any:
-    """Made where it is to run: on a CPU the random numbers of 8B alone would take minutes."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**MODELS[name]), dtype=dtype)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
 
 
 def run_parts(

@@ -1,4 +1,4 @@
-"""What the train-step benchmark runs: shapes of data, shapes of models, and which go together on which device."""
+"""What the benchmarks of whole models run: shapes of data, shapes of models, and which go together on which device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+MAX_LENGTH = 512  # of a sequence in comparisons with TRL; none of the pairs taken is longer
 LENGTHS = Path(__file__).resolve().parents[1] / "data" / "hh_rlhf_harmless_test.csv"
 
 Lengths = tuple[int, int, int]  # of prompt, chosen and rejected, in tokens
@@ -84,6 +85,14 @@ PLANS = {
     ],
 }
 
+# Of the reference pass. On a CPU so many pairs of HH-RLHF lengths; on a GPU as many as a minute allows for, those of
+# `instruct` in full passes of 32768 tokens.
+REFERENCE_PAIRS = 64
+REFERENCE_PLANS = {
+    "tiny": [Part("tiny", "hh", 8, 0.1), Part("tiny", "instruct", 8, 0.05)],
+    "cuda": [Part("1B", "hh", 512), Part("1B", "instruct", 126), Part("8B", "hh", 256), Part("8B", "instruct", 84)],
+}
+
 
 def hh_lengths() -> list[Lengths]:
     with open(LENGTHS) as file:
@@ -110,3 +119,29 @@ def rows(part: Part, vocabulary: int) -> list[dict[str, list[int]]]:
         prompt_ids = made[-1]["prompt_ids"] if shared else tokens(prompt)
         made.append({"prompt_ids": prompt_ids, "chosen_ids": tokens(chosen), "rejected_ids": tokens(rejected)})
     return made
+
+
+def text_rows(pairs: int, vocabulary: int) -> list[dict[str, str]]:
+    """The first pairs of HH-RLHF as text of one random word a token, for `word_tokenizer`.
+
+    Everybody tokenizes them to the same ids; the last token of an answer is the end of text, which is not written.
+    """
+    draw = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(f"t{draw.randrange(3, vocabulary)}" for _ in range(count))
+
+    return [
+        {"prompt": words(prompt), "chosen": " " + words(chosen - 1), "rejected": " " + words(rejected - 1)}
+        for prompt, chosen, rejected in hh_lengths()[:pairs]
+    ]
+
+
+def word_tokenizer(vocabulary: int) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, vocabulary))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>")

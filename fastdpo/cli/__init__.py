@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastdpo.cli import train
+from fastdpo.cli import cache, precompute, train
 from fastdpo.types import UserError
 
 _DESCRIPTION = "Preference training (DPO) of causal language models, fast and exact."
@@ -15,7 +15,7 @@ _DESCRIPTION = "Preference training (DPO) of causal language models, fast and ex
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastdpo", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for part in (train,):
+    for part in (train, precompute, cache):
         part.add_commands(commands)
     options, rest = parser.parse_known_args(argv)
     if options.command is None:

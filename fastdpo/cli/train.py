@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fastdpo.cli.arguments import flag
 from fastdpo.types import UserError
 
 _TRAIN_EPILOG = """\
-The data set is a file with one JSON object a line:
+The data set is a .jsonl, .json or .parquet file (or a folder of them or of Dataset.save_to_disk, a hub name, or -) of
+rows such as
   {"prompt": "...", "chosen": "...", "rejected": "..."}
 or, for chat models, with lists of {"role": ..., "content": ...} in place of the texts.
 
@@ -31,8 +33,12 @@ def add_commands(commands: Any) -> None:
     )
     data = train.add_argument_group("model and data")
     data.add_argument("--model", required=True, metavar="PATH", help="folder (or hub name) of a transformers causal LM")
-    data.add_argument("--dataset", required=True, metavar="FILE", help=".jsonl or .json file of preference pairs")
-    data.add_argument("--eval_dataset", metavar="FILE", help="held-out pairs; default: a tenth of --dataset")
+    data.add_argument(
+        "--dataset", required=True, metavar="DATA",
+        help="preference pairs: .jsonl, .json or .parquet file, folder of them or of Dataset.save_to_disk, hub name, "
+        "or - for JSON lines from standard input",
+    )  # fmt: skip
+    data.add_argument("--eval_dataset", metavar="DATA", help="held-out pairs, likewise; default: a tenth of --dataset")
     data.add_argument("--output_dir", required=True, metavar="DIR", help="where model, report.png and summary.json go")
     training = train.add_argument_group("training")
     training.add_argument("--beta", type=float, default=0.1, help="pull towards the reference (default 0.1)")
@@ -54,6 +60,10 @@ def add_commands(commands: Any) -> None:
         help="prefix: each prompt runs once; auto takes it where the model allows (default auto)",
     )  # fmt: skip
     running.add_argument("--ref_logps", metavar="DIR", help="reference cache; default: in the user's cache folder")
+    running.add_argument(
+        "--allow_pickle", type=flag, default=False, metavar="BOOL",
+        help="load weights that are not safetensors, which can run code (default false)",
+    )  # fmt: skip
     train.set_defaults(run=_train, takes_config=True, prog=train.prog)
 
     demo = commands.add_parser(
@@ -70,12 +80,22 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 
     # The cheap checks first: a wrong path should not cost a model load.
     data = load_data(options.dataset, options.eval_dataset)
-    check_model_path(options.model)
+    check_model_path(options.model, allow_pickle=options.allow_pickle)
     output = check_output_dir(options.output_dir)
-    not_config = ("command", "run", "takes_config", "prog", "model", "dataset", "eval_dataset", "output_dir")
+    not_config = (
+        "command",
+        "run",
+        "takes_config",
+        "prog",
+        "model",
+        "allow_pickle",
+        "dataset",
+        "eval_dataset",
+        "output_dir",
+    )
     named = {name: value for name, value in vars(options).items() if name not in not_config}
     args = _config(str(output), named, rest)
-    model, tokenizer = load_model(options.model, "float32")
+    model, tokenizer = load_model(options.model, "float32", allow_pickle=options.allow_pickle)
     run(model, tokenizer, data, args, title=f"fastdpo train: {options.model}")
 
 

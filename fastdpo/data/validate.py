@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fastdpo.types import DataError
 
 SIDES = ("chosen", "rejected")
 TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # sums of the reference's log-probs, where a row has them
 
 
 def is_tokenized(row: Mapping[str, Any]) -> bool:
@@ -28,8 +31,12 @@ def validate_rows(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> N
     problems = [(place, problem) for row, place in zip(rows, places, strict=True) if (problem := row_problem(row))]
     if problems:
         place, problem = problems[0]
-        others = f" ({len(problems) - 1} more rows cannot be used, either.)" if len(problems) > 1 else ""
-        raise DataError(f"{place}: {problem}{others}")
+        raise bad_rows(f"{place}: {problem}", len(problems) - 1)
+
+
+def bad_rows(first: str, more: int) -> DataError:
+    """`first` says where the first bad row stands and what is wrong with it; `more` follow."""
+    return DataError(first + (f" ({more} more rows cannot be used, either.)" if more else ""))
 
 
 def row_problem(row: Mapping[str, Any]) -> str | None:
@@ -102,7 +109,7 @@ def _tokenized_problem(row: Mapping[str, Any]) -> str | None:
         ids = row.get(name)
         if ids is None:
             return f"the field {name!r} is missing; tokenized rows need {', '.join(TOKENIZED)}."
-        if not all(isinstance(token, int) and token >= 0 for token in ids):
+        if not _are_ids(ids):
             return f"{name!r} must be a list of token ids (integers from 0)."
     for name in TOKENIZED[1:]:
         if not len(row[name]):
@@ -110,6 +117,12 @@ def _tokenized_problem(row: Mapping[str, Any]) -> str | None:
     if list(row["chosen_ids"]) == list(row["rejected_ids"]):
         return "'chosen_ids' and 'rejected_ids' are the same, so there is no preference to learn; remove the row."
     return None
+
+
+def _are_ids(ids: Any) -> bool:
+    if isinstance(ids, np.ndarray):
+        return ids.ndim == 1 and (not len(ids) or (ids.dtype.kind in "iu" and bool(ids.min() >= 0)))
+    return isinstance(ids, list | tuple) and all(isinstance(token, int) and token >= 0 for token in ids)
 
 
 def common_prefix_length(a: Any, b: Any) -> int:

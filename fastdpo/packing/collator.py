@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastdpo.data.validate import REF_COLUMNS, TOKENIZED
 from fastdpo.packing.batch import PreferenceBatch
 from fastdpo.packing.layout import pack
 from fastdpo.packing.microbatch import Cost, MicroBatches, even_cuts, fewest, packed_cost, padded_cost
@@ -76,7 +77,7 @@ class PreferenceCollator:
             raise ValueError("the batch holds no row; leave empty batches out.")
         pairs = [self.sequences(row) for row in rows]
         batch = self._padded(pairs) if self.packing == "padded" else self._packed(pairs)
-        given = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in rows[0]]
+        given = [name for name in REF_COLUMNS if name in rows[0]]
         if len(given) == 1:
             raise ValueError(f"the rows have {given[0]} but not the other one of ref_chosen_logps, ref_rejected_logps.")
         if given:
@@ -86,7 +87,7 @@ class PreferenceCollator:
 
     def sequences(self, row: Mapping[str, Any]) -> tuple[PromptCompletion, PromptCompletion]:
         """(prompt, completion) of the chosen and of the rejected answer, truncated."""
-        missing = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if name not in row]
+        missing = [name for name in TOKENIZED if name not in row]
         if missing:
             raise ValueError(f"a row has no {missing[0]}; the collator takes tokenized rows (see fastdpo.data).")
         prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]

@@ -1,13 +1,14 @@
 """A folder of reference log-probs, keyed by content.
 
-    manifest.json                   format version, what is kept, and the fingerprint of the model of all values
+    manifest.json                   format, what is kept, the fingerprint of the model of all values, and about it
     shard-<time>-<random>.parquet   one row a sequence: key (16 bytes), tokens (int32), sum (float64) and, unless only
                                     sums are kept, logps (float32 of each completion token)
 
-A shard is written under a temporary name, flushed to disk, then renamed: it is there whole or not at all. Nobody ever
-writes to a finished shard, so several processes may add shards at once. The first three columns are read into an index
-in memory; log-probs stay on disk until they are asked for. Pages carry checksums, the index columns a digest; a shard
-that is damaged is named, set aside as <name>.damaged, and what it held is computed again.
+A file is written under a temporary name, flushed to disk, then renamed: it is there whole or not at all. Nobody ever
+writes to a finished shard, so several processes may add shards at once, and folders may be merged by copying them
+together: each shard says what its manifest says, and one of another model is refused. The first three columns are read
+into an index in memory; log-probs stay on disk until they are asked for. A shard that is damaged is named, set aside as
+<name>.damaged, and what it alone held is computed again.
 """
 
 from __future__ import annotations
@@ -15,23 +16,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
-from fastdpo.reference.index import KEY_BYTES, ShardIndex, key_array
+from fastdpo.reference.folder import (
+    FORMAT,
+    MANIFEST,
+    SHARDS,
+    Kind,
+    differences,
+    read_manifest,
+    require_manifest,
+    set_aside,
+    write_file,
+    write_manifest,
+)
+from fastdpo.reference.index import Found, ShardIndex, key_array
+from fastdpo.reference.shard import (
+    GROUP_ROWS,
+    DamagedShard,
+    group_tokens,
+    impossible,
+    read_group,
+    read_index_columns,
+    row_sums,
+    shard_name,
+    write_shard,
+)
 from fastdpo.types import UserError
 
-FORMAT = 2
-MANIFEST = "manifest.json"
-GROUP_ROWS = 4096  # rows of a shard that are read together
 OPEN_BYTES = 64 << 20  # log-probs kept in memory after they were read
 
 
@@ -45,11 +63,8 @@ def user_cache_dir() -> Path:
 
 def default_cache_dir(fingerprint: Mapping[str, str]) -> Path:
     """The folder, in the user's cache, of the reference with this fingerprint, in this format."""
-    return (
-        user_cache_dir()
-        / f"reference-{FORMAT}"
-        / "-".join(fingerprint[part] for part in ("weights", "config", "dtype"))
-    )
+    name = hashlib.blake2b(json.dumps(dict(fingerprint), sort_keys=True).encode(), digest_size=16).hexdigest()
+    return user_cache_dir() / f"reference-{FORMAT}" / name
 
 
 class ReferenceCache:
@@ -61,32 +76,45 @@ class ReferenceCache:
             fingerprint is taken from its manifest.
         per_token: whether values of each token are needed beside the sums. A new folder keeps them unless this is
             False. A folder that exists decides for itself; True is refused where it keeps sums only.
+        about: what people may want to know of a new folder, the model's name for instance. Never compared.
 
     Raises:
         UserError: the folder belongs to another model, dtype or format, or is no cache, or cannot be used.
     """
 
     def __init__(
-        self, path: str | Path, fingerprint: Mapping[str, str] | None = None, *, per_token: bool | None = None
+        self,
+        path: str | Path,
+        fingerprint: Mapping[str, str] | None = None,
+        *,
+        per_token: bool | None = None,
+        about: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
+        self._about = dict(about or {})
         self._index = ShardIndex()
         self._seen: set[str] = set()
         self._groups: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._group_bytes = 0
-        manifest = self._manifest()
-        if manifest is None:
-            if fingerprint is None:
-                raise UserError(f"{self.path} is no reference cache: it has no {MANIFEST}.")
-            self.fingerprint = dict(fingerprint)
-            self.per_token = per_token is not False
-        else:
-            self.fingerprint = dict(manifest["fingerprint"])
+        manifest = require_manifest(self.path) if fingerprint is None else read_manifest(self.path)
+        self._agreed = manifest is not None  # with the manifest of the folder
+        if manifest is not None:
+            self.kind = manifest.kind
             self._check_fingerprint(fingerprint)
-            self.per_token = manifest["per_token"]
             if per_token and not self.per_token:
                 raise self._sums_only()
+        elif fingerprint is not None:
+            self.kind = Kind(per_token is not False, dict(fingerprint))
         self.reload()
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        return self.kind.fingerprint
+
+    @property
+    def per_token(self) -> bool:
+        """Whether values of each token are kept; else sums only."""
+        return self.kind.per_token
 
     def __len__(self) -> int:
         return len(self._index)
@@ -110,31 +138,40 @@ class ReferenceCache:
     def logps(self, keys: np.ndarray | Sequence[bytes]) -> list[np.ndarray]:
         """The log-probs (completion tokens,) float32 of each key, read from disk.
 
+        A shard that turns out damaged, or that another process has put into a larger one, is looked past.
+
         Raises:
             KeyError: a key is not in the cache.
-            UserError: only sums are kept, or a shard turned out damaged; its rows are then no longer in the cache.
+            UserError: only sums are kept, or a shard is damaged or gone that alone held a key; its rows are then no
+                longer in the cache.
         """
         if not self.per_token:
             raise self._sums_only()
         keys = key_array(keys)
-        found = self._index.find(keys)
-        absent = np.flatnonzero(found.shard < 0)
-        if len(absent):
-            raise KeyError(keys[absent[0]].tobytes())
-        values: list[np.ndarray] = [None] * len(keys)  # type: ignore[list-item]
-        for at in np.lexsort((found.row, found.shard)):  # each part of a shard is read once
-            group, row = divmod(int(found.row[at]), GROUP_ROWS)
-            flat, ends = self._group(int(found.shard[at]), group)
-            # A copy, so that one row does not keep thousands in memory.
-            values[at] = flat[ends[row] - found.tokens[at] : ends[row]].copy()
-        return values
+        while True:
+            found = self._index.find(keys)
+            absent = np.flatnonzero(found.shard < 0)
+            if len(absent):
+                raise KeyError(keys[absent[0]].tobytes())
+            try:
+                return self._values(found)
+            except _LostShard as lost:
+                self._look_past(lost, keys)
 
     def reload(self) -> None:
-        """Reads the shards that have appeared since the last look."""
-        if self.path.is_dir():
-            new = sorted(shard for shard in self.path.glob("shard-*.parquet") if shard.name not in self._seen)
+        """Reads the shards that have appeared since the last look, and forgets those that are gone."""
+        while self.path.is_dir():
+            present = {shard.name for shard in self.path.glob(SHARDS)}
+            self._agree()
+            new, gone = sorted(present - self._seen), self._seen - present
+            if not new and not gone:
+                return
+            numbers = [number for number, name in enumerate(self._index.shards) if name in gone]
+            if numbers:
+                self._index.drop(numbers)
+            self._seen -= gone
             self._index.add(self._index_columns(new))
-            self._seen.update(shard.name for shard in new)
+            self._seen.update(new)  # then look again: what went meanwhile may have come under another name
 
     def add(self, values: Mapping[bytes, np.ndarray]) -> None:
         """Writes one shard with these log-probs; on disk when it returns."""
@@ -143,68 +180,107 @@ class ReferenceCache:
         rows = [np.asarray(value, dtype=np.float32) for value in values.values()]
         keys, tokens = key_array(list(values)), np.array([len(row) for row in rows])
         flat = np.concatenate(rows)
-        name = f"shard-{time.time_ns():020d}-{secrets.token_hex(4)}.parquet"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / MANIFEST).exists():
-                manifest = {"format": FORMAT, "per_token": self.per_token, "fingerprint": self.fingerprint}
-                self._write(MANIFEST, lambda file: file.write(json.dumps(manifest, indent=2).encode()))
-            self._write(name, lambda file: write_shard(file, keys, tokens, flat, self.per_token))
-        except OSError as error:
+        sums = row_sums(flat, tokens)
+        groups = np.split(flat, group_tokens(tokens).cumsum()[:-1]) if self.per_token else None
+        self.add_shard(keys, tokens, sums, lambda file: write_shard(file, self.kind, keys, tokens, sums, groups))
+
+    def add_sums(self, keys: np.ndarray | Sequence[bytes], tokens: np.ndarray, sums: np.ndarray) -> None:
+        """Writes one shard with sums (n,) of the log-probs of tokens (n,) each; on disk when it returns.
+
+        Raises:
+            UserError: the cache keeps the log-prob of each token, or a sum is NaN or above zero.
+        """
+        if self.per_token:
             raise UserError(
-                f"{self.path}: the reference cache cannot be written ({error.strerror or error}); "
-                "free space or name another folder. What was written before is kept."
-            ) from error
+                f"{self.path} keeps the log-prob of each token, which sums do not tell; "
+                "name a folder that keeps sums only (per_token=False)."
+            )
+        keys, tokens, sums = key_array(keys), np.asarray(tokens, np.int32), np.asarray(sums, np.float64)
+        if not tokens.shape == sums.shape == (len(keys),):
+            raise ValueError(f"{len(keys)} keys, tokens {tokens.shape} and sums {sums.shape} are not of one length.")
+        wrong = impossible(sums)
+        if wrong:
+            raise UserError(f"sums[{wrong[0]}] is {wrong[1]}, which no model gives; mend or leave out that row.")
+        if len(keys):
+            self.add_shard(keys, tokens, sums, lambda file: write_shard(file, self.kind, keys, tokens, sums))
+
+    def add_shard(
+        self,
+        keys: np.ndarray,
+        tokens: np.ndarray,
+        sums: np.ndarray,
+        write: Callable[[BinaryIO], object],
+        name: str | None = None,
+    ) -> None:
+        """Adds a shard, which `write` writes to a file, with these index columns."""
+        name = name or shard_name()
+        self.create()
+        try:
+            write_file(self.path / name, write)
+        except OSError as error:
+            raise self._unwritable(error) from error
         self._seen.add(name)
-        self._index.add([(name, keys, tokens, row_sums(flat, tokens))])
+        self._index.add([(name, keys, tokens, sums)])
 
-    def _write(self, name: str, write: Any) -> None:
-        temporary = self.path / f".{name}.{secrets.token_hex(4)}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename, too, must survive a power cut
-        finally:
-            os.close(folder)
+    def create(self) -> None:
+        """Makes the folder and its manifest where they are missing.
 
-    def _index_columns(self, shards: list[Path]) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
-        for shard in shards:
+        Raises:
+            UserError: another process has made it meanwhile, for other values.
+        """
+        if not (self.path / MANIFEST).exists():
+            self._agreed = False
             try:
-                columns = read_index_columns(shard)
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_manifest(self.path, self.kind, self._about)
+            except OSError as error:
+                raise self._unwritable(error) from error
+        self._agree()
+
+    def _agree(self) -> None:
+        """Compares the manifest, where another process may have written it."""
+        manifest = None if self._agreed else read_manifest(self.path)
+        if manifest is not None:
+            differing = self.kind.differences(manifest.kind)
+            if differing:
+                raise UserError(
+                    f"{self.path} was made by another process meanwhile ({'; '.join(differing)}); name another folder."
+                )
+            self._agreed = True
+
+    def _index_columns(self, names: list[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+        for name in names:
+            shard = self.path / name
+            try:
+                columns = read_index_columns(shard, self.kind)
             except FileNotFoundError:
-                continue  # another process has just set it aside
+                continue  # another process has just set it aside, or put it into a larger one
             except DamagedShard as error:
                 warnings.warn(
-                    f"{shard} is damaged ({error}); {_set_aside(shard)}, and the values it held "
-                    "will be computed again.",
+                    f"{shard} is damaged ({error}); {set_aside(shard)}, and the values it held will be computed again.",
                     stacklevel=5,
                 )
                 continue
-            yield shard.name, *columns
+            yield name, *columns
+
+    def _values(self, found: Found) -> list[np.ndarray]:
+        values: list[np.ndarray] = [None] * len(found.row)  # type: ignore[list-item]
+        for at in np.lexsort((found.row, found.shard)):  # each part of a shard is read once
+            group, row = divmod(int(found.row[at]), GROUP_ROWS)
+            flat, ends = self._group(int(found.shard[at]), group)
+            # A copy, so that one row does not keep thousands in memory.
+            values[at] = flat[ends[row] - found.tokens[at] : ends[row]].copy()
+        return values
 
     def _group(self, number: int, group: int) -> tuple[np.ndarray, np.ndarray]:
         """All log-probs of a row group and the end of each row in them; what was read last stays in memory."""
         if (number, group) in self._groups:
             self._groups.move_to_end((number, group))
             return self._groups[number, group]
-        shard = self.path / self._index.shards[number]
         try:
-            read = read_group(shard, group)
+            read = read_group(self.path / self._index.shards[number], group)
         except (DamagedShard, FileNotFoundError) as error:
-            self._index.drop(number)
-            if isinstance(error, FileNotFoundError):
-                raise UserError(f"{shard} is gone; run again, and the values it held will be computed anew.") from None
-            raise UserError(
-                f"{shard} is damaged ({error}); {_set_aside(shard)}. "
-                "Run again, and the values it held will be computed anew."
-            ) from None
+            raise _LostShard(number) from error
         self._groups[number, group] = read
         self._group_bytes += sum(part.nbytes for part in read)
         while self._group_bytes > OPEN_BYTES and len(self._groups) > 1:
@@ -212,174 +288,51 @@ class ReferenceCache:
             self._group_bytes -= sum(part.nbytes for part in oldest)
         return read
 
+    def _look_past(self, lost: _LostShard, keys: np.ndarray) -> None:
+        """Forgets a shard, and looks whether others hold the keys."""
+        shard = self.path / self._index.shards[lost.number]
+        damage = lost.__cause__ if isinstance(lost.__cause__, DamagedShard) else None
+        said = f"{shard} is damaged ({damage}); {set_aside(shard)}" if damage else f"{shard} is gone"
+        self._index.drop([lost.number])
+        self.reload()
+        if (self._index.find(keys).shard < 0).any():
+            raise UserError(
+                f"{said}{'. Run' if damage else '; run'} again, and the values it held will be computed anew."
+            ) from None
+        if damage:
+            warnings.warn(f"{said}, and what was asked for was read from other shards.", stacklevel=3)
+
     def _sums_only(self) -> UserError:
         return UserError(
             f"{self.path} keeps only the sums of log-probs (per_token=False), not the value of each token; "
             "name another folder."
         )
 
-    def _manifest(self) -> dict[str, Any] | None:
-        path = self.path / MANIFEST
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; a reference cache is a folder. Name another path.")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            if self.path.is_dir() and any(self.path.glob("shard-*.parquet")):
-                raise UserError(
-                    f"{self.path} holds shards but no {MANIFEST}, so nobody knows which model they are of; "
-                    "restore the manifest or name another folder."
-                ) from None
-            return None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
-        try:
-            manifest = json.loads(text)
-            version, _ = manifest["format"], dict(manifest["fingerprint"])
-            if version == FORMAT and not isinstance(manifest["per_token"], bool):
-                raise ValueError("per_token")
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged; restore it or name another folder.") from None
-        if version != FORMAT:
-            raise UserError(
-                f"{self.path} is a reference cache of format {version}, and this fastdpo reads format {FORMAT}; "
-                "name another folder."
-            )
-        return manifest
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path}: the reference cache cannot be written ({error.strerror or error}); "
+            "free space or name another folder. What was written before is kept."
+        )
 
     def _check_fingerprint(self, wanted: Mapping[str, str] | None) -> None:
         if wanted is None:
             return
-        differing = [part for part in wanted if self.fingerprint.get(part) != wanted[part]]
-        if differing:
-            what = "; ".join(f"{part} {self.fingerprint.get(part)} there, {wanted[part]} here" for part in differing)
+        differing = differences(self.fingerprint, wanted)
+        if differing.keys() == {"dtype"}:
+            there, here = (fingerprint.get("dtype", "an unknown dtype") for fingerprint in (self.fingerprint, wanted))
             raise UserError(
-                f"{self.path} holds log-probs of another reference model ({what}); "
+                f"{self.path} holds log-probs computed in {there}, and they are wanted in {here}; "
+                f"name another folder or load the model in {there}."
+            )
+        if differing:
+            raise UserError(
+                f"{self.path} holds log-probs of another reference model ({'; '.join(differing.values())}); "
                 "name another folder or load the model it was made with."
             )
 
 
-class DamagedShard(Exception):
-    """What is wrong with a shard, in a few words."""
+class _LostShard(Exception):
+    """A shard of the index that cannot be read; the cause says why."""
 
-
-def write_shard(file: BinaryIO, keys: np.ndarray, tokens: np.ndarray, flat: np.ndarray, per_token: bool = True) -> None:
-    """Writes keys (n, 16) uint8, tokens (n,), and log-probs (sum of tokens,) float32, row after row."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sums = row_sums(flat, tokens)
-    key_column = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(KEY_BYTES), len(keys), [None, pa.py_buffer(np.ascontiguousarray(keys))]
-    )
-    columns = {"key": key_column, "tokens": pa.array(tokens, pa.int32()), "sum": pa.array(sums)}
-    if per_token:
-        ends = pa.array(np.append(0, np.cumsum(tokens)), pa.int32())
-        columns["logps"] = pa.ListArray.from_arrays(ends, pa.array(flat))
-    table = pa.table(columns).replace_schema_metadata({_DIGEST: _digest(keys, tokens, sums)})
-    # Hashes and log-probs do not compress.
-    pq.write_table(
-        table,
-        file,
-        row_group_size=GROUP_ROWS,
-        write_page_checksum=True,
-        write_statistics=False,
-        use_dictionary=False,
-        compression="none",
-    )
-
-
-def row_sums(flat: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The sum (n,) float64 of each row's log-probs, summed in float64."""
-    sums = np.zeros(len(tokens))
-    held = np.flatnonzero(tokens)  # reduceat gives an empty row the value of the next
-    if len(held):
-        starts = np.cumsum(tokens) - tokens
-        sums[held] = np.add.reduceat(flat, starts[held], dtype=np.float64)
-    return sums
-
-
-def read_index_columns(shard: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys (n, 16) uint8, tokens (n,) int32, sums (n,) float64."""
-    with _opened(shard) as file:
-        keys, tokens, sums = _fixed_columns(file.read(columns=["key", "tokens", "sum"], use_threads=False))
-        # Page checksums cover neither the pages' headers nor the file's footer.
-        if (file.schema_arrow.metadata or {}).get(_DIGEST) != _digest(keys, tokens, sums):
-            raise ValueError("the digest does not match")
-    return keys, tokens, sums
-
-
-def read_group(shard: Path, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """The log-probs of a row group, row after row, and where each row ends in them."""
-    import pyarrow as pa
-
-    with _opened(shard) as file:
-        table = file.read_row_group(group, use_threads=False)
-        _, tokens, sums = _fixed_columns(table)
-        if len(tokens) != min(GROUP_ROWS, file.metadata.num_rows - group * GROUP_ROWS):
-            raise ValueError("rows are missing")
-        lists = table.column("logps").combine_chunks()
-        if lists.type != pa.list_(pa.float32()) or lists.null_count or lists.values.null_count:
-            raise ValueError("logps are of another type")
-        flat, lengths = lists.flatten().to_numpy(), np.diff(lists.offsets.to_numpy())
-        if not np.array_equal(lengths, tokens) or not np.allclose(row_sums(flat, lengths), sums, equal_nan=True):
-            raise ValueError("logps do not match their sums")
-    return flat, np.cumsum(tokens, dtype=np.int64)
-
-
-_DIGEST = b"fastdpo.digest"
-
-
-def _digest(keys: np.ndarray, tokens: np.ndarray, sums: np.ndarray) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for column, dtype in ((keys, "u1"), (tokens, "<i4"), (sums, "<f8")):
-        digest.update(np.ascontiguousarray(column, dtype=dtype).data)
-    return digest.hexdigest().encode()
-
-
-@contextmanager
-def _opened(shard: Path) -> Iterator[Any]:
-    """The shard as a ParquetFile.
-
-    Raises:
-        FileNotFoundError: there is no such shard.
-        UserError: it may not be opened, which is no damage.
-        DamagedShard: in place of what reading it raises.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pa.OSFile(str(shard))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"{shard} cannot be opened ({error.strerror or error}); check its permissions.") from error
-    with file:
-        try:
-            yield pq.ParquetFile(file, page_checksum_verification=True)
-        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-            raise DamagedShard((str(error) or type(error).__name__).splitlines()[0]) from error
-
-
-def _fixed_columns(table: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The columns of the index, as arrays that share the table's memory."""
-    import pyarrow as pa
-
-    columns = [table.column(name).combine_chunks() for name in ("key", "tokens", "sum")]
-    for column, wanted in zip(columns, (pa.binary(KEY_BYTES), pa.int32(), pa.float64()), strict=True):
-        if column.type != wanted or column.null_count or not len(column):
-            raise ValueError(f"a column holds {column.type}, not {wanted}")
-    key, tokens, sums = columns
-    keys = np.frombuffer(key.buffers()[1], np.uint8, len(key) * KEY_BYTES, key.offset * KEY_BYTES)
-    return keys.reshape(-1, KEY_BYTES), tokens.to_numpy(), sums.to_numpy()
-
-
-def _set_aside(shard: Path) -> str:
-    """Renames a damaged shard, where the folder can be written to, and says so."""
-    aside = shard.with_name(shard.name + ".damaged")
-    try:
-        os.replace(shard, aside)
-    except OSError as error:
-        return f"it could not be set aside ({error.strerror or error}): delete it"
-    return f"it was set aside as {aside.name}"
+    def __init__(self, number: int) -> None:
+        self.number = number

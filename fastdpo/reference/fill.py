@@ -1,26 +1,39 @@
-"""Fills a reference cache: forward only, prompts shared, sorted by length, by token budget."""
+"""Fills a reference cache: forward only, prompts shared, sorted by length, by token budget.
+
+    rows  ->  windows  ->  what the cache lacks  ->  passes  ->  log-probs  ->  shards
+
+Beside a GPU, windows and passes (`fastdpo.reference.work`) are made by threads, ahead of the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from fastdpo.device import freed_memory_kept
-from fastdpo.models import causal_lm, evaluating
+from fastdpo.models import causal_lm, evaluating, position_limit
 from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
-from fastdpo.reference.fingerprint import model_fingerprint, sequence_key
-from fastdpo.scoring import completion_logps
+from fastdpo.reference.fingerprint import model_fingerprint
+from fastdpo.reference.progress import FillBar, Filled
+from fastdpo.reference.work import Pass, Prompt, Reader, Window, ahead, passes
+from fastdpo.scoring import ScoringBatch, score, scoring_batch, scoring_device
 from fastdpo.types import UserError
+from fastdpo.verify import choose_packing
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 32768}
 PASSES_PER_SHARD = 16
+SECONDS_PER_SHARD = 60.0
+
+T = TypeVar("T")
 
 
 def precompute(
@@ -28,103 +41,235 @@ def precompute(
     dataset: Iterable[Mapping[str, Any]],
     cache: ReferenceCache | str | Path | None = None,
     *,
+    per_token: bool | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> ReferenceCache:
+    """Computes what the cache lacks of the completions' log-probs under `model`, and returns the cache.
+
+        logps[t] = log softmax(logits[t])[completion[t]]        float32, for each token of each completion
+
+    Args:
+        model: a transformers causal language model, the reference; with PEFT adapters as they are switched now.
+        dataset: rows of token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`), or of text or messages with
+            `tokenizer=`: a list, a `datasets.Dataset`, or a stream of unknown length.
+        cache: a folder or a ReferenceCache; default: the model's folder in the user's cache.
+        per_token: False keeps only the sums in a new folder; True refuses one that has no more than sums.
+        autocast_dtype: run under autocast in this dtype, as a mixed-precision trainer does.
+        options: of `fill_cache`: tokenizer, max_length, truncation_mode, max_tokens, batch_size, packing,
+            attention_backend, num_shards, shard_index, num_rows, progress.
+
+    Raises:
+        UserError: a cache of another model, dtype or format; a row that cannot be used; log-probs that are no numbers;
+            a folder that cannot be written. What was computed before is kept.
+    """
+    if not isinstance(cache, ReferenceCache):
+        fingerprint = model_fingerprint(model, autocast_dtype)
+        folder = cache if cache is not None else default_cache_dir(fingerprint)
+        cache = ReferenceCache(folder, fingerprint, per_token=per_token, about=about(model))
+    fill_cache(model, dataset, cache, autocast_dtype=autocast_dtype, **options)
+    return cache
+
+
+def fill_cache(
+    model: Any,
+    dataset: Iterable[Mapping[str, Any]],
+    cache: ReferenceCache,
+    *,
+    tokenizer: Any = None,
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     max_tokens: int | None = None,
     batch_size: int | None = None,
-    packing: str = "prefix",
+    packing: str = "auto",
     attention_backend: str = "auto",
     autocast_dtype: torch.dtype | None = None,
+    num_shards: int = 1,
+    shard_index: int = 0,
+    num_rows: int | None = None,
     progress: bool = True,
-) -> ReferenceCache:
-    """Computes what the cache lacks of the completions' log-probs under `model`, and returns the cache.
+) -> Filled:
+    """Adds to `cache` what it lacks of `dataset` under `model`; says what that was.
+
+    Killed at any moment, it loses the shard in flight (16 passes, a minute at most); run again, it computes what is
+    missing, to the same bits. Several processes may fill one folder; each does best with a slice of its own.
 
     Args:
-        model: a transformers causal language model, the reference.
-        dataset: tokenized rows (`prompt_ids`, `chosen_ids`, `rejected_ids`).
-        cache: a folder or a ReferenceCache; default: the model's folder in the user's cache.
+        tokenizer: for rows of text or messages.
         max_length, truncation_mode: as in training (`PreferenceCollator`): they decide which tokens are scored.
         max_tokens: tokens a forward pass; default by device.
         batch_size: prompts a forward pass at most.
-        packing: "prefix", "varlen" or "padded"; the values are the same.
-        autocast_dtype: run under autocast in this dtype, as a mixed-precision trainer does.
+        packing: "prefix", "varlen", "padded", or "auto": the first that the model allows. The values are the same up to
+            rounding.
+        num_shards, shard_index: compute only one of so many slices, counted from 0. A prompt belongs to a slice by its
+            content, so the slices of a data set are complete together in whatever order its rows come.
+        num_rows: for the progress bar, of a data set that does not know its own length.
     """
-    if not isinstance(cache, ReferenceCache):
-        fingerprint = model_fingerprint(causal_lm(model), autocast_dtype)
-        cache = ReferenceCache(cache if cache is not None else default_cache_dir(fingerprint), fingerprint)
-    cache.reload()  # another process may have added to the folder since
-    collator = PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode)
-    wanted: dict[tuple[int, ...], dict[bytes, Sequence[int]]] = {}
-    for row in dataset:
-        for prompt, completion in collator.sequences(row):
-            key = sequence_key(prompt, completion)
-            if key not in cache:
-                wanted.setdefault(tuple(prompt), {})[key] = completion
-    missing = sum(len(group) for group in wanted.values())
-    bar = tqdm(total=missing, desc="reference log-probs", unit="seq", disable=not progress or not missing)
-    device = next(causal_lm(model).parameters()).device
-    budget = max_tokens or TOKENS_PER_PASS.get(device.type, 8192)
+    if not 0 <= shard_index < num_shards:
+        raise UserError(f"shard_index is {shard_index}; of num_shards={num_shards} it must be 0 to {num_shards - 1}.")
+    for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be above 0, or None.")
+    inner = causal_lm(model)
+    device = scoring_device(model)
+    reader = Reader(
+        collator=PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode),
+        tokenizer=tokenizer,
+        num_shards=num_shards,
+        shard_index=shard_index,
+        num_tokens=inner.get_input_embeddings().weight.shape[0],
+        limit=position_limit(inner),
+    )
+    scorer = _Scorer(
+        model, device, packing, attention_backend, max_tokens or TOKENS_PER_PASS.get(device.type, 8192), batch_size
+    )
     autocast = torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
-    pending: dict[bytes, np.ndarray] = {}
-    tokens = 0
-    try:
-        with evaluating(model), freed_memory_kept(device):
-            for number, (sequences, keys) in enumerate(_passes(wanted, budget, batch_size), start=1):
-                with autocast:
-                    logps = completion_logps(model, sequences, packing=packing, attention_backend=attention_backend)
-                pending.update((key, values.numpy()) for key, values in zip(keys, logps, strict=True))
-                tokens += sum(len(prompt) + len(completion) for prompt, completion in sequences)
-                bar.update(len(keys))
-                bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):,.0f} tokens/s", refresh=False)
-                if number % PASSES_PER_SHARD == 0:
-                    cache.add(pending)
-                    pending = {}
-    finally:
-        cache.add(pending)  # also when interrupted: what is computed is kept
-        bar.close()
-    return cache
+    filled = Filled()
+    began = time.perf_counter()
+    with (
+        FillBar(num_rows or _length(dataset), filled, progress) as bar,
+        evaluating(model),
+        freed_memory_kept(device),
+        _ShardWriter(cache) as shard,
+    ):
+        for window in _early(reader.windows(dataset), device):
+            cache.reload()  # another process may have added to the folder since
+            missing = _missing(window, cache)
+            bar.open(window, missing)
+            with autocast:
+                for work, logps in scorer.run(missing, cache):
+                    shard.add(work.keys, logps)
+                    bar.advance(work)
+            shard.write()  # what is in the cache, the next window finds
+            bar.close()
+    filled.seconds = time.perf_counter() - began
+    return filled
 
 
-def reference_columns(
-    cache: ReferenceCache,
-    dataset: Iterable[Mapping[str, Any]],
-    max_length: int | None = None,
-    truncation_mode: str = "keep_start",
-) -> dict[str, list[float]]:
-    """{"ref_chosen_logps", "ref_rejected_logps"}: the sums of each row, from the cache.
+def about(model: Any) -> dict[str, str]:
+    """What a person wants to know of a cache: never compared."""
+    import transformers
 
-    Raises:
-        UserError: the cache lacks some.
-    """
-    collator = PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode)
-    keys = [sequence_key(*sequence) for row in dataset for sequence in collator.sequences(row)]
-    found, sums, _ = cache.lookup(keys)
-    if not found.all():
-        raise UserError(
-            f"{cache.path} lacks {int((~found).sum())} of {len(keys)} sequences; compute them with fastdpo.precompute."
-        )
-    return {"ref_chosen_logps": sums[::2].tolist(), "ref_rejected_logps": sums[1::2].tolist()}
+    import fastdpo
+
+    return {
+        "model": str(getattr(causal_lm(model).config, "_name_or_path", "")),
+        "fastdpo": fastdpo.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
-def _passes(
-    wanted: Mapping[tuple[int, ...], Mapping[bytes, Sequence[int]]], budget: int, batch_size: int | None
-) -> Iterator[tuple[list[tuple[Sequence[int], Sequence[int]]], list[bytes]]]:
-    """Prompts of like length with their completions, as many a pass as the budget holds tokens; the longest first."""
+def _missing(window: Window, cache: ReferenceCache) -> list[Prompt]:
+    """The prompts that have completions which the cache lacks, with these alone."""
+    keys = window.keys
+    found = iter(cache.lookup(keys)[0].tolist() if keys else [])
+    left = [(prompt, [key for key in prompt.completions if not next(found)]) for prompt in window.prompts]
+    return [prompt.part(lacking) for prompt, lacking in left if lacking]
 
-    def size(item: tuple[tuple[int, ...], Mapping[bytes, Sequence[int]]]) -> int:
-        return len(item[0]) + sum(map(len, item[1].values()))
 
-    sequences: list[tuple[Sequence[int], Sequence[int]]] = []
-    keys: list[bytes] = []
-    tokens = prompts = 0
-    for item in sorted(wanted.items(), key=size, reverse=True):
-        if sequences and (tokens + size(item) > budget or prompts == batch_size):
-            yield sequences, keys
-            sequences, keys, tokens, prompts = [], [], 0, 0
-        prompt, completions = item
-        sequences += [(prompt, completion) for completion in completions.values()]
-        keys += completions.keys()
-        tokens += size(item)
-        prompts += 1
-    if sequences:
-        yield sequences, keys
+@dataclass
+class _Scorer:
+    """Runs the model over prompts, pass by pass; the next pass is packed, and its work queued, while one is read."""
+
+    model: Any
+    device: torch.device
+    packing: str
+    attention_backend: str
+    max_tokens: int
+    batch_size: int | None
+
+    def run(self, prompts: list[Prompt], cache: ReferenceCache) -> Iterator[tuple[Pass, list[np.ndarray]]]:
+        """Each pass with the log-probs of its completions, float32 on the host, but for what `cache` holds by then.
+
+        Raises:
+            UserError: the model gives NaN for a completion; which one, after what came before it.
+        """
+        if not prompts:
+            return
+        self.packing = choose_packing(self.model, self.packing, self.attention_backend)
+        before: _Running | None = None
+        todo = passes(prompts, self.max_tokens, self.batch_size)
+        for work, scoring in _early(map(self._packed, todo), self.device):
+            if cache.lookup(work.keys)[0].all():
+                continue  # another process has computed it in the meantime
+            batch = scoring.batch.to(self.device, non_blocking=True)
+            logps = score(self.model, batch, attention_backend=self.attention_backend)
+            now = _Running(work, scoring.counts, logps)
+            if before is not None:
+                yield before.work, before.values()
+            before = now
+        if before is not None:
+            yield before.work, before.values()
+
+    def _packed(self, work: Pass) -> tuple[Pass, ScoringBatch]:
+        scoring = scoring_batch([(prompt.ids, ids) for prompt, ids in work.completions], self.packing)
+        if self.device.type == "cuda":
+            scoring = replace(scoring, batch=scoring.batch.pin_memory())
+        return work, scoring
+
+
+class _Running:
+    """A pass whose log-probs are on their way to the host."""
+
+    def __init__(self, work: Pass, counts: tuple[int, ...], logps: Tensor) -> None:
+        self.work, self._counts = work, counts
+        self._arrived: Any = None
+        if logps.device.type == "cuda":
+            host = torch.empty(logps.shape, dtype=logps.dtype, pin_memory=True)
+            self._logps = host.copy_(logps, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._logps = logps.cpu()
+
+    def values(self) -> list[np.ndarray]:
+        """The log-probs of each completion; waits for them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values = np.split(self._logps.numpy(), np.cumsum(self._counts)[:-1])
+        for (prompt, completion), value in zip(self.work.completions, values, strict=True):
+            if np.isnan(value).any():
+                raise UserError(
+                    f"the reference gives NaN for row {prompt.row} of the data set (counted from 0), in a completion "
+                    f"of {len(completion)} tokens; check the model's weights, or load it in a dtype that does not "
+                    "overflow (bfloat16 or float32). What was computed before is kept."
+                )
+        return values
+
+
+class _ShardWriter:
+    """Gathers log-probs and writes a shard every few passes, on `write`, and when it is left, by an error too."""
+
+    def __init__(self, cache: ReferenceCache) -> None:
+        self._cache = cache
+        self._pending: dict[bytes, np.ndarray] = {}
+        self._passes = 0
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.write()
+
+    def add(self, keys: list[bytes], logps: list[np.ndarray]) -> None:
+        self._pending.update(zip(keys, logps, strict=True))
+        self._passes += 1
+        if self._passes == PASSES_PER_SHARD or time.perf_counter() - self._began > SECONDS_PER_SHARD:
+            self.write()
+
+    def write(self) -> None:
+        pending, self._pending, self._passes = self._pending, {}, 0
+        self._cache.add(pending)
+        self._cache.reload()  # what another process has added since
+        self._began = time.perf_counter()
+
+
+def _early(items: Iterable[T], device: torch.device) -> Iterator[T]:
+    """Made by a thread while a GPU is busy; a CPU would only be shared with that thread."""
+    return iter(items) if device.type == "cpu" else ahead(items)
+
+
+def _length(dataset: Any) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") else None

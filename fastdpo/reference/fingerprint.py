@@ -4,38 +4,64 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-# Fields of a config that change between two loads of one model, without a bearing on its numbers.
-_IRRELEVANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures")
+from fastdpo.models import causal_lm
+from fastdpo.types import UserError
+
+_CHUNK = 1 << 24  # elements that are hashed at a time
+_GLANCE = 1 << 12  # elements that mostly tell whether a chunk holds values of bfloat16
+
+# Fields of a config without a bearing on log-probs: where it came from, how weights are drawn, what only training or
+# generation looks at.
+_IRRELEVANT = re.compile(
+    r"_name_or_path|transformers_version|architectures|auto_map|(torch_)?dtype|.*_token_ids?|.*dropout.*|.*pdrop|"
+    r"layerdrop|initializer_.*|init_std|init_device|use_cache|output_.*|return_dict|.*aux_loss_coef|.*jitter_noise|"
+    r"(id2label|label2id|problem_type|task_specific_params|num_labels|summary_.*|pretraining_tp|chunk_size_feed_forward)"
+)
+# The same of an adapter's config; which layers it sits on, its tensors' names say.
+_IRRELEVANT_TO_ADAPTER = re.compile(
+    r"base_model_name_or_path|revision|inference_mode|task_type|auto_mapping|peft_version|.*dropout.*|init_.*|"
+    r".*_config|(target_modules|exclude_modules|modules_to_save|target_parameters|layers_to_transform|layers_pattern)"
+)
 
 
 def model_fingerprint(model: Any, compute_dtype: torch.dtype | None = None) -> dict[str, str]:
-    """{"weights", "config", "dtype"}: hashes of all parameters and buffers (adapters too) and of the config.
+    """{"weights", "adapter", "config", "dtype"}: of two models with the same one, log-probs differ by rounding alone.
 
-    `compute_dtype` is that of the arithmetic where it differs from the weights' (autocast). Two models with the same
-    fingerprint give the same log-probs up to rounding, whatever their paths.
+    weights   hash of all parameters and buffers by value: a bfloat16 checkpoint has the same one loaded as float32
+    adapter   hash of the PEFT adapters that are switched on, "none" without: a model whose adapters are switched off
+              has the fingerprint of the model that they were put on
+    config    hash of what the config says of the forward pass; of values that differ from the defaults alone, so that
+              a new field in a new version of transformers changes nothing
+    dtype     of the weights, and in which the arithmetic is done where that is another one (`compute_dtype`: autocast)
+
+    Neither paths nor the tokenizer are part of it.
+
+    Raises:
+        UserError: adapters that put tokens of their own before the prompt.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    state = model.state_dict()
-    for name in sorted(state):
-        tensor = state[name].detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.contiguous().view(-1)
-        if flat.numel():
-            digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()))
-    config = model.config.to_dict() if hasattr(model, "config") else {}
-    config = {name: value for name, value in config.items() if name not in _IRRELEVANT}
-    config_text = json.dumps(config, sort_keys=True, default=str)
-    dtype = compute_dtype or next(iter(model.parameters())).dtype
+    inner = causal_lm(model)
+    _refuse_prompt_learning(model)
+    parts = _Tensors(inner)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        weights = _digest_tensors(parts.base, threads)
+        adapter = _digest_tensors(parts.adapter, threads)
+    config = getattr(inner, "config", None)
     return {
-        "weights": digest.hexdigest(),
-        "config": hashlib.blake2b(config_text.encode(), digest_size=16).hexdigest(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "weights": weights,
+        "adapter": _hash(adapter + _adapter_config(model)) if parts.adapter else "none",
+        "config": _hash(_relevant(_config_values(config), _IRRELEVANT)),
+        "dtype": _dtype_name(inner, compute_dtype),
     }
 
 
@@ -44,3 +70,125 @@ def sequence_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> by
     prompt = np.asarray(prompt_ids, dtype="<i8").tobytes()
     completion = np.asarray(completion_ids, dtype="<i8").tobytes()
     return hashlib.blake2b(len(prompt).to_bytes(8, "little") + prompt + completion, digest_size=16).digest()
+
+
+class _Tensors:
+    """The tensors of a model by name, those of adapters apart; names are those of the model without adapters."""
+
+    def __init__(self, model: Any) -> None:
+        self.base: dict[str, Tensor] = {}
+        self.adapter: dict[str, Tensor] = {}
+        wrappers = dict(_adapter_wrappers(model))
+        for name, tensor in model.state_dict().items():
+            path, wrapper = _owner(name, wrappers)
+            if wrapper is None:
+                self.base[name] = tensor
+                continue
+            inside = name.removeprefix(f"{path}.").split(".")
+            if inside[0] in ("base_layer", "original_module"):
+                self.base[".".join([path, *inside[1:]])] = tensor
+            elif not wrapper.disable_adapters:
+                on = [adapter for adapter in wrapper.active_adapters if adapter in inside]
+                if on:
+                    inside.remove(on[0])  # what an adapter is called has no bearing
+                    self.adapter[".".join([path, str(wrapper.active_adapters.index(on[0])), *inside])] = tensor
+
+
+def _adapter_wrappers(model: Any) -> Iterator[tuple[str, Any]]:
+    """The modules that PEFT has put in the place of the model's own."""
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            yield name, module
+
+
+def _owner(name: str, wrappers: dict[str, Any]) -> tuple[str, Any]:
+    """The wrapper that a tensor belongs to, and where it stands."""
+    path = name
+    while wrappers and "." in path:
+        path = path.rpartition(".")[0]
+        if path in wrappers:
+            return path, wrappers[path]
+    return "", None
+
+
+def _adapter_config(model: Any) -> str:
+    """What the configs of the adapters in use say of the forward pass, r and alpha for instance."""
+    configs = [model.peft_config[adapter] for adapter in model.active_adapters] if hasattr(model, "peft_config") else []
+    return "".join(_relevant(config.to_dict(), _IRRELEVANT_TO_ADAPTER) for config in configs)
+
+
+def _refuse_prompt_learning(model: Any) -> None:
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning and not getattr(model, "_adapters_disabled", False):
+        raise UserError(
+            f"the adapter puts tokens of its own before the prompt ({config.peft_type.value}), which packed log-probs "
+            "do not know; use an adapter on the weights, LoRA for instance."
+        )
+
+
+def _config_values(config: Any) -> Any:
+    if config is None:
+        return {}
+    return config.to_diff_dict() if hasattr(config, "to_diff_dict") else config.to_dict()
+
+
+def _relevant(values: dict[str, Any], irrelevant: re.Pattern[str]) -> str:
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): kept(v) for k, v in value.items() if not irrelevant.fullmatch(str(k))}
+        return sorted(map(str, value)) if isinstance(value, set | frozenset) else value
+
+    return json.dumps(kept(values), sort_keys=True, default=str)
+
+
+def _dtype_name(model: Any, compute_dtype: torch.dtype | None) -> str:
+    """The dtype of most weights; that of the head and of the arithmetic, where they are others."""
+    elements: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            elements[parameter.dtype] = elements.get(parameter.dtype, 0) + parameter.numel()
+    weights = max(elements, key=elements.__getitem__, default=torch.float32)
+    name = _name(weights)
+    if compute_dtype not in (None, weights):
+        return f"{name} in {_name(compute_dtype)} autocast"
+    head = model.get_output_embeddings().weight.dtype
+    return name if head == weights or not head.is_floating_point else f"{name} with a head of {_name(head)}"
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _digest_tensors(tensors: dict[str, Tensor], threads: ThreadPoolExecutor) -> str:
+    """One hash of names, shapes and values."""
+    chunks = [
+        (name, tuple(tensor.shape), chunk)
+        for name, tensor in sorted(tensors.items())
+        for chunk in tensor.detach().reshape(-1).split(_CHUNK)
+    ]
+    digests = threads.map(_digest_values, [chunk for _, _, chunk in chunks])
+    return _hash(*(f"{name} {shape} {digest}" for (name, shape, _), digest in zip(chunks, digests, strict=True)))
+
+
+def _digest_values(values: Tensor) -> str:
+    """Of a flat tensor. Values that bfloat16 holds exactly are hashed as such, in whichever dtype they are stored."""
+    values = values.cpu()
+    kind = _name(values.dtype)
+    if values.dtype in (torch.float16, torch.float32):
+        bits, kind = values.float().view(torch.int32), "float32"
+        if not (bits[:_GLANCE] & 0xFFFF).any() and not (bits & 0xFFFF).any():
+            bits, kind = (bits >> 16).to(torch.int16), "bfloat16"
+        values = bits
+    digest = hashlib.sha256()  # processors have instructions for it
+    if values.numel():
+        digest.update(values.contiguous().view(torch.uint8).numpy().data)
+    return f"{kind} {digest.hexdigest()}"
+
+
+def _hash(*lines: str) -> str:
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()

@@ -26,6 +26,9 @@ class Rows(NamedTuple):
     sums: np.ndarray  # float64
 
 
+_NO_ROWS = Rows(*(np.empty(0, kind) for kind in ("u8", "u8", "i4", "i4", "i4", "f8")))
+
+
 class Found(NamedTuple):
     """Columns (n,) for n keys asked for; shard is -1 and the sum NaN where the key is unknown."""
 
@@ -48,13 +51,16 @@ class ShardIndex:
 
     def __len__(self) -> int:
         """The number of different keys."""
+        return int(self.rows()[1].sum())
+
+    def rows(self) -> tuple[Rows, np.ndarray]:
+        """All rows, by key, then by the name of their shard; and (n,) bool, true for the first row of each key."""
         while len(self._runs) > 1:
             self._merge_last_two()
-        if not self._runs:
-            return 0
-        run = self._runs[0]
-        doubles = (run.high[1:] == run.high[:-1]) & (run.low[1:] == run.low[:-1])
-        return len(run.high) - int(doubles.sum())
+        rows = self._runs[0] if self._runs else _NO_ROWS
+        first = np.ones(len(rows.high), bool)
+        first[1:] = (rows.high[1:] != rows.high[:-1]) | (rows.low[1:] != rows.low[:-1])
+        return rows, first
 
     def add(self, shards: Iterable[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> None:
         """Takes in (name, keys (n, 16) uint8, tokens (n,), sums (n,)) of each shard."""
@@ -74,9 +80,10 @@ class ShardIndex:
         while len(self._runs) > 1 and len(self._runs[-2].high) < 2 * len(self._runs[-1].high):
             self._merge_last_two()
 
-    def drop(self, number: int) -> None:
-        """Forgets the rows of shard `number`."""
-        kept = (Rows(*(column[run.shard != number] for column in run)) for run in self._runs)
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Forgets the rows of these shards."""
+        masks = [np.isin(run.shard, numbers, invert=True) for run in self._runs]
+        kept = (Rows(*(column[mask] for column in run)) for run, mask in zip(self._runs, masks, strict=True))
         self._runs = [run for run in kept if len(run.high)]
 
     def find(self, keys: np.ndarray) -> Found:
@@ -166,3 +173,8 @@ def split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The halves of keys (n, 16) uint8, as numbers that sort as the bytes do."""
     halves = np.ascontiguousarray(keys).view(">u8")  # (n, 2)
     return halves[:, 0].astype(np.uint64), halves[:, 1].astype(np.uint64)
+
+
+def join_keys(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Keys (n, 16) uint8 from their halves."""
+    return np.stack([high, low], axis=1).astype(">u8").view(np.uint8)

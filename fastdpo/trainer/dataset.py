@@ -11,13 +11,12 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from fastdpo.data import tokenize_row
-from fastdpo.data.validate import row_problem
+from fastdpo.data.validate import REF_COLUMNS, row_problem
 from fastdpo.models import PositionLimit
 from fastdpo.types import DataError
 
 logger = logging.getLogger(__name__)
 
-REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _KEPT = ("prompt_ids", "chosen_ids", "rejected_ids", *REF_COLUMNS)
 
 

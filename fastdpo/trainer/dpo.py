@@ -25,6 +25,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from fastdpo.data.validate import REF_COLUMNS
 from fastdpo.device import freed_memory_kept
 from fastdpo.models import (
     causal_lm,
@@ -33,18 +34,19 @@ from fastdpo.models import (
     is_mixture_of_experts,
     position_limit,
 )
-from fastdpo.packing import PACKINGS, PreferenceBatch, PreferenceCollator
-from fastdpo.reference import precompute, reference_columns
-from fastdpo.reference.cache import ReferenceCache, default_cache_dir
-from fastdpo.reference.fingerprint import model_fingerprint
+from fastdpo.packing import PreferenceBatch, PreferenceCollator
+from fastdpo.reference import ReferenceCache, model_fingerprint
+from fastdpo.reference.cache import default_cache_dir
+from fastdpo.reference.fill import about
 from fastdpo.scoring import sequence_logps
 from fastdpo.trainer.config import DPOConfig
-from fastdpo.trainer.dataset import REF_COLUMNS, check_lengths, prepare_dataset
+from fastdpo.trainer.dataset import check_lengths, prepare_dataset
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.order import pair_sampler
 from fastdpo.trainer.passes import HostCounts, agree, passes_of, without_exchange
+from fastdpo.trainer.reference import has_reference, with_reference
 from fastdpo.types import LossOutput, UserError
-from fastdpo.verify import verify_packing
+from fastdpo.verify import choose_packing
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +141,8 @@ class DPOTrainer(Trainer):
         limit = position_limit(inner)
         for name, dataset in self._named_datasets():
             check_lengths(dataset, limit, args, name=name)
-        self.packing = self._choose_packing(inner)
+        with self.accelerator.autocast():
+            self.packing = choose_packing(inner, args.packing, args.attention_backend)
         if data_collator is None:
             self.data_collator = PreferenceCollator(
                 packing=self.packing,
@@ -163,7 +166,8 @@ class DPOTrainer(Trainer):
             self._reference.to(self.args.device)
             with self._adapters_off():
                 fingerprint = model_fingerprint(self._reference, self._autocast_dtype)
-            self._ref_cache = ReferenceCache(self.args.ref_logps or default_cache_dir(fingerprint), fingerprint)
+            folder = self.args.ref_logps or default_cache_dir(fingerprint)
+            self._ref_cache = ReferenceCache(folder, fingerprint, about=about(self._reference))
             if self.train_dataset is not None:
                 self.train_dataset = self._with_reference(self.train_dataset)
             if isinstance(self.eval_dataset, Mapping):
@@ -171,7 +175,7 @@ class DPOTrainer(Trainer):
             elif self.eval_dataset is not None:
                 self.eval_dataset = self._with_reference(self.eval_dataset)
             return
-        if all(_has_reference(dataset) for _, dataset in self._named_datasets()):
+        if all(has_reference(dataset) for _, dataset in self._named_datasets()):
             return
         if self.ref_model is None and not self._adapters_are_the_policy:
             self.ref_model = copy.deepcopy(self.model)
@@ -183,32 +187,19 @@ class DPOTrainer(Trainer):
         return [(name, part) for name, part in {"train": self.train_dataset, **evals}.items() if part is not None]
 
     def _with_reference(self, dataset: Any) -> Any:
-        if _has_reference(dataset):
+        if has_reference(dataset):
             return dataset
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                "precompute_ref_log_probs=True needs a data set whose length is known, and this one is streamed; "
-                "use precompute_ref_log_probs=False."
-            )
         assert self._ref_cache is not None
-        # One process computes; the others then find everything in the folder.
-        with self.accelerator.main_process_first(), self._adapters_off():
-            precompute(
-                self._reference,
+        with self._adapters_off():
+            return with_reference(
                 dataset,
                 self._ref_cache,
-                max_length=self.args.max_length,
-                truncation_mode=self.args.truncation_mode,
-                batch_size=self.args.precompute_ref_batch_size,
+                self._reference,
+                self.args,
                 packing=self.packing,
                 attention_backend=self.args.attention_backend,
                 autocast_dtype=self._autocast_dtype,
-                progress=not self.args.disable_tqdm,
             )
-        columns = reference_columns(self._ref_cache, dataset, self.args.max_length, self.args.truncation_mode)
-        for name, values in columns.items():
-            dataset = dataset.add_column(name, values)
-        return dataset
 
     @property
     def _reference(self) -> Any:
@@ -228,29 +219,6 @@ class DPOTrainer(Trainer):
             return sequence_logps(reference, batch, attention_backend=self.args.attention_backend)
 
     # The loss
-
-    def _choose_packing(self, inner: Any) -> str:
-        """The wanted packing, or for "auto" the first one that gives this model's own log-probs."""
-
-        def verify(packing: str) -> None:
-            with self.accelerator.autocast():
-                verify_packing(inner, packing, attention_backend=self.args.attention_backend)
-
-        wanted = self.args.packing
-        if wanted != "auto":
-            verify(wanted)
-            return wanted
-        refusals = []
-        for packing in PACKINGS:
-            try:
-                verify(packing)
-            except UserError as error:
-                refusals.append(str(error))
-                continue
-            if refusals:
-                logger.warning("Running with packing=%r: %s", packing, refusals[0])
-            return packing
-        raise UserError(f"no way of packing suits this model: {' '.join(refusals)}")
 
     def _loss_options(self) -> dict[str, Any]:
         return {
@@ -390,7 +358,7 @@ class DPOTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if eval_dataset is not None and not isinstance(eval_dataset, str | Mapping):
             eval_dataset = prepare_dataset(eval_dataset, self.processing_class, self.args, name="eval")
-            if self._ref_cache is not None and not _has_reference(eval_dataset):
+            if self._ref_cache is not None and not has_reference(eval_dataset):
                 if self.state.global_step and self.ref_model is None and not self._adapters_are_the_policy:
                     raise ValueError(
                         "the reference of this new evaluation set cannot be computed any more: with "
@@ -436,7 +404,3 @@ def _router_aux_loss_coef(model: Any, args: DPOConfig) -> float:
             "is none; leave it out."
         )
     return args.router_aux_loss_coef
-
-
-def _has_reference(dataset: Any) -> bool:
-    return all(name in (dataset.column_names or ()) for name in REF_COLUMNS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,15 +17,18 @@ from fastdpo.packing import MicroBatches, PreferenceBatch
 class HostCounts:
     """Small integers of every process, exchanged on the host: the device is not waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: timedelta | None = None) -> None:
+        """`patience`: how long a process waits for the others; default: as long as the run's own group does."""
         self._group: Any = None
+        self._patience = patience
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
         """The values of each process; all of them call this, with as many values."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return [list(values)]
         if self._group is None:
-            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+            suits = dist.get_backend() == "gloo" and self._patience is None
+            self._group = dist.group.WORLD if suits else dist.new_group(backend="gloo", timeout=self._patience)
         own = torch.tensor(values, dtype=torch.int64)
         all_values = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(all_values, own, group=self._group)

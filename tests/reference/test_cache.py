@@ -6,62 +6,39 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-import textwrap
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from cache_folders import (
+    FINGERPRINT,
+    KIND,
+    check,
+    columns_of,
+    contents,
+    flip,
+    flip_log_prob,
+    run_python,
+    shard_of,
+    shards_of,
+    values,
+    write_foreign,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdpo.reference import ReferenceCache
 from fastdpo.reference import cache as cache_module
-from fastdpo.reference.cache import GROUP_ROWS, row_sums, write_shard
+from fastdpo.reference import folder as folder_module
+from fastdpo.reference import shard as shard_module
+from fastdpo.reference.cache import default_cache_dir
+from fastdpo.reference.folder import Kind
 from fastdpo.reference.index import ShardIndex, key_array
+from fastdpo.reference.shard import GROUP_ROWS, group_tokens, row_sums, write_shard
 from fastdpo.types import UserError
-
-FINGERPRINT = {"weights": "a" * 32, "config": "b" * 32, "dtype": "float32"}
-
-
-def values(count, seed=0, most=9):
-    draw = np.random.default_rng(seed)
-    return {draw.bytes(16): draw.normal(size=draw.integers(0, most)).astype(np.float32) for _ in range(count)}
-
-
-def run_python(script, *arguments):
-    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert done.returncode == 0
-    return done.stdout
-
-
-def shard_of(folder):
-    (shard,) = folder.glob("shard-*.parquet")
-    return shard
-
-
-def check(cache, expected, absent=()):
-    """The cache holds what the dict holds, by every way of asking."""
-    keys = [*expected, *absent]
-    assert len(cache) == len(expected)
-    found, sums, tokens = cache.lookup(keys)
-    assert (found.dtype, sums.dtype, tokens.dtype) == (bool, np.float64, np.int32)
-    assert found.tolist() == [True] * len(expected) + [False] * len(absent) == [key in cache for key in keys]
-    assert np.isnan(sums[len(expected) :]).all() and not tokens[len(expected) :].any()
-    for value, total, count in zip(expected.values(), sums, tokens, strict=False):
-        assert count == len(value)
-        assert total == pytest.approx(float(value.sum(dtype=np.float64)), rel=1e-6, abs=1e-12)
-    if cache.per_token:
-        for one, value in zip(cache.logps(list(expected)), expected.values(), strict=True):
-            assert one.dtype == np.float32 and one.tobytes() == value.tobytes()
-    array = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
-    for one, other in zip(cache.lookup(array), (found, sums, tokens), strict=True):
-        np.testing.assert_array_equal(one, other)
-
 
 # Keys of few different bytes: shared halves, trailing zeros, and high bits, which a signed order would misplace.
 KEYS = st.lists(st.sampled_from([0, 1, 127, 128, 255]), min_size=4, max_size=4).map(
@@ -88,7 +65,7 @@ def test_equals_a_dict(steps, absent):
             # A writer whose clock is late gives its shards names before all others.
             name = f"{clock - number if who == 'older' else clock + number:020d}"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cache_module.time, "time_ns", lambda name=name: int(name))
+                patch.setattr(shard_module.time, "time_ns", lambda name=name: int(name))
                 writers.get(who, writers["second"]).add(added)
             shards[name] = added
         expected = {}
@@ -109,7 +86,7 @@ def test_dropping_a_shard_uncovers_the_next(parts, dropped, order):
         count = len(keys)
         index.add([(name, key_array(keys), np.full(count, number), np.full(count, 10.0 * number) + np.arange(count))])
     if dropped < len(parts):
-        index.drop(dropped)
+        index.drop([dropped])
     expected = {}
     for number in sorted(range(len(parts)), key=lambda number: names[number]):
         for row, key in enumerate(parts[number] if number != dropped else []):
@@ -228,16 +205,274 @@ def test_a_folder_of_values_stays_one(tmp_path):
     check(ReferenceCache(tmp_path / "c", per_token=True), first | second)
 
 
-def test_format_1_is_refused(tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "fingerprint": FINGERPRINT}))
-    with pytest.raises(UserError, match="of format 1, and this fastdpo reads format 2; name another folder"):
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_folders_of_other_formats_are_refused(tmp_path, number):
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": number, "fingerprint": FINGERPRINT}))
+    with pytest.raises(UserError, match=f"of format {number}, and this fastdpo reads format 3; name another folder"):
         ReferenceCache(tmp_path, FINGERPRINT)
 
 
-def flip(shard, position, bits=0x10):
-    data = bytearray(shard.read_bytes())
-    data[position] ^= bits
-    shard.write_bytes(data)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"format": 3}',
+        '{"format": 3, "per_token": 1, "fingerprint": {}}',
+        '{"format": 3, "per_token": true, "fingerprint": {"dtype": 5}}',
+        "\xff\xfe",
+    ],
+)
+def test_a_manifest_that_is_none(tmp_path, text):
+    ReferenceCache(tmp_path / "c", FINGERPRINT).add(values(2))
+    (tmp_path / "c" / "manifest.json").write_bytes(text.encode("latin-1"))
+    before = contents(tmp_path / "c")
+    with pytest.raises(
+        UserError, match=rf"manifest.json is damaged; fastdpo cache verify {tmp_path}/c --repair writes"
+    ):
+        ReferenceCache(tmp_path / "c", FINGERPRINT)
+    assert contents(tmp_path / "c") == before
+
+
+def test_a_missing_manifest(tmp_path):
+    ReferenceCache(tmp_path / "c", FINGERPRINT).add(values(2))
+    (tmp_path / "c" / "manifest.json").unlink()
+    with pytest.raises(
+        UserError, match=rf"holds shards but no manifest.json .*; fastdpo cache verify {tmp_path}/c --repair"
+    ):
+        ReferenceCache(tmp_path / "c", FINGERPRINT)
+
+
+def test_what_a_manifest_tells_people(tmp_path):
+    about = {"model": "org/name", "torch": "2.11"}
+    ReferenceCache(tmp_path / "c", FINGERPRINT, about=about).add(values(2))
+    ReferenceCache(tmp_path / "c", FINGERPRINT, about={"model": "another"}).add(values(2, 1))
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    created = datetime.fromisoformat(manifest.pop("created"))
+    assert manifest == {"format": 3, "per_token": True, "fingerprint": FINGERPRINT, "about": about}
+    assert abs((datetime.now(timezone.utc) - created).total_seconds()) < 60
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"dtype": "bfloat16"}, "computed in float32, and they are wanted in bfloat16; .* load the model in float32"),
+        ({"weights": "c" * 32}, f"another reference model \\(weights {'a' * 32} there, {'c' * 32} here\\)"),
+        ({"adapter": "d" * 32, "dtype": "bf"}, f"adapter none there, {'d' * 32} here; dtype float32 there, bf here"),
+        ({"more": "x"}, "more unknown there, x here"),
+        ({"adapter": None}, "adapter none there, unknown here"),
+    ],
+)
+def test_another_fingerprint_is_refused(tmp_path, change, sentence):
+    ReferenceCache(tmp_path / "c", FINGERPRINT).add(values(2))
+    wanted = {part: value for part, value in {**FINGERPRINT, **change}.items() if value is not None}
+    with pytest.raises(UserError, match=sentence):
+        ReferenceCache(tmp_path / "c", wanted)
+    assert default_cache_dir(wanted) != default_cache_dir(FINGERPRINT)
+
+
+FOREIGN = {
+    "model": (Kind(True, {**FINGERPRINT, "weights": "c" * 32}), f"weights {'c' * 32} there, {'a' * 32} here"),
+    "dtype": (Kind(True, {**FINGERPRINT, "dtype": "bfloat16"}), "dtype bfloat16 there, float32 here"),
+    "adapter": (Kind(True, {**FINGERPRINT, "adapter": "e" * 32}), f"adapter {'e' * 32} there, none here"),
+    "kind": (Kind(False, FINGERPRINT), "sums only there, the log-prob of each token here"),
+    "format": (Kind(True, FINGERPRINT, 4), "format 4 there, 3 here"),
+}
+
+
+@pytest.mark.parametrize(("kind", "sentence"), FOREIGN.values(), ids=FOREIGN)
+def test_a_shard_of_another_cache_is_refused(tmp_path, kind, sentence):
+    kept = values(3)
+    reader = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    reader.add(kept)
+    foreign = tmp_path / "c" / "shard-0.parquet"
+    write_foreign(foreign, kind, values(3, seed=1))
+    before = contents(tmp_path / "c")
+    for read in (
+        reader.reload,
+        lambda: ReferenceCache(tmp_path / "c"),
+        lambda: ReferenceCache(tmp_path / "c", FINGERPRINT),
+    ):
+        with pytest.raises(UserError) as refused:
+            read()
+        said = f"{foreign} cannot be used: it is of another cache ({sentence}): move it out of the folder."
+        assert str(refused.value) == said
+    assert contents(tmp_path / "c") == before
+    check(reader, kept, values(3, seed=1))
+    foreign.unlink()
+    check(ReferenceCache(tmp_path / "c"), kept)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_shard_of_an_older_format_is_refused(tmp_path, number):
+    ReferenceCache(tmp_path / "c", FINGERPRINT).add(values(3))
+    shard = shard_of(tmp_path / "c")
+    table, old = pq.read_table(shard), tmp_path / "c" / "shard-0.parquet"
+    if number == 1:
+        pq.write_table(table.select(["key", "logps"]).replace_schema_metadata(None), old)
+    else:
+        digest = shard_module._digest(*columns_of(values(3))[:3])
+        pq.write_table(table.replace_schema_metadata({"fastdpo.digest": digest}), old)
+    with pytest.raises(
+        UserError, match=rf"shard-0.parquet cannot be used: .*\(format {number} there, 3 here\): move it"
+    ):
+        ReferenceCache(tmp_path / "c")
+    assert old.exists()
+
+
+def test_folders_copied_together_are_one(tmp_path):
+    for number in range(3):
+        ReferenceCache(tmp_path / str(number), FINGERPRINT, about={"part": str(number)}).add(values(20, number))
+        shutil.copytree(tmp_path / str(number), tmp_path / "all", dirs_exist_ok=True)
+    check(ReferenceCache(tmp_path / "all", FINGERPRINT), values(20, 0) | values(20, 1) | values(20, 2))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_the_second_to_make_a_folder_must_agree(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links here")))
+    kept, more = values(3), values(3, 1)
+    first, same = (ReferenceCache(tmp_path / "c", FINGERPRINT) for _ in range(2))
+    others = [
+        (
+            ReferenceCache(tmp_path / "c", FINGERPRINT, per_token=False),
+            "the log-prob of each token there, sums only here",
+        ),
+        (ReferenceCache(tmp_path / "c", {**FINGERPRINT, "dtype": "bf"}), "dtype float32 there, bf here"),
+    ]
+    first.add(kept)
+    before = contents(tmp_path / "c")
+    for other, what in others:
+        for call in (lambda: other.add(more), other.reload):  # noqa: B023
+            with pytest.raises(UserError, match=rf"was made by another process meanwhile \({what}\); name another"):
+                call()
+    assert contents(tmp_path / "c") == before
+    same.add(more)
+    same.reload()
+    check(same, kept | more)
+    check(ReferenceCache(tmp_path / "c"), kept | more)
+
+
+def test_a_manifest_that_came_between_is_not_overwritten(tmp_path, monkeypatch):
+    """The folder is looked at, another process makes it, and only then does this one write."""
+    first, late = (
+        ReferenceCache(tmp_path / "c", FINGERPRINT),
+        ReferenceCache(tmp_path / "c", FINGERPRINT, per_token=False),
+    )
+    original = folder_module.write_file
+
+    def slow(path, write, **options):
+        monkeypatch.setattr(folder_module, "write_file", original)
+        first.add(values(2))
+        original(path, write, **options)
+
+    monkeypatch.setattr(folder_module, "write_file", slow)
+    with pytest.raises(UserError, match="made by another process meanwhile"):
+        late.add(values(2, 1))
+    check(ReferenceCache(tmp_path / "c", FINGERPRINT, per_token=True), values(2))
+
+
+def _make(folder, per_token, start, said):
+    cache = ReferenceCache(folder, FINGERPRINT, per_token=per_token)
+    start.wait(60)
+    try:
+        cache.add(values(5, seed=per_token))
+        said.put((per_token, ""))
+    except UserError as error:
+        said.put((per_token, str(error)))
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_folder(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cache_folders", "pyarrow.parquet", "pandas"])
+    for attempt in range(10):
+        folder, start, said = tmp_path / str(attempt), context.Barrier(2), context.Queue()
+        processes = [context.Process(target=_make, args=(folder, kept, start, said)) for kept in (True, False)]
+        for process in processes:
+            process.start()
+        (winner, none), (_, refused) = sorted((said.get(timeout=60) for _ in processes), key=lambda one: one[1])
+        for process in processes:
+            process.join(60)
+        assert none == "" and "made by another process meanwhile" in refused
+        cache = ReferenceCache(folder, FINGERPRINT)
+        assert cache.per_token is winner
+        check(cache, values(5, seed=winner))
+        assert len(shards_of(folder)) == 1
+
+
+def test_sums_alone_are_added(tmp_path):
+    expected = values(GROUP_ROWS + 3)
+    keys, tokens, sums, _ = columns_of(expected)
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT, per_token=False)
+    cache.add_sums(keys[:0], tokens[:0], sums[:0])
+    assert not (tmp_path / "c").exists()
+    cache.add_sums(keys, tokens, sums)
+    for one in (cache, ReferenceCache(tmp_path / "c")):
+        check(one, expected, [bytes(16)])
+        np.testing.assert_array_equal(one.lookup(keys)[1], sums)
+    shard_of(tmp_path / "c")  # one
+    more = values(2, seed=1)
+    cache.add_sums(list(more), *(part.tolist() for part in columns_of(more)[1:3]))
+    check(ReferenceCache(tmp_path / "c"), expected | more)
+
+
+def test_wrong_sums_are_refused(tmp_path):
+    keys, tokens, sums, _ = columns_of(values(3))
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT, per_token=False)
+    for wrong, what in ((np.nan, "nan"), (0.5, "0.5")):
+        with pytest.raises(UserError, match=rf"sums\[1\] is a log-prob of {what}, which no model gives"):
+            cache.add_sums(keys, tokens, np.array([-1, wrong, -1]))
+    with pytest.raises(ValueError, match=r"3 keys, tokens \(3,\) and sums \(2,\) are not of one length"):
+        cache.add_sums(keys, tokens, sums[:2])
+    with pytest.raises(UserError, match="keeps the log-prob of each token, which sums do not tell"):
+        ReferenceCache(tmp_path / "c", FINGERPRINT).add_sums(keys, tokens, sums)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("harm", ["log-prob", "gone"])
+def test_a_lost_shard_is_survived_where_others_hold_the_values(tmp_path, recwarn, harm):
+    """The others are known already, or came after the cache was opened."""
+    expected = values(40)
+    known, late = dict(list(expected.items())[:20]), dict(list(expected.items())[20:])
+    writer = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    writer.add(expected)
+    writer.add(known)
+    reader = ReferenceCache(tmp_path / "c")
+    writer.add(late)
+    shard = shards_of(tmp_path / "c")[0]
+    if harm == "gone":
+        shard.unlink()
+    else:
+        flip_log_prob(shard)
+    check(reader, expected)
+    said = [str(warning.message) for warning in recwarn]
+    if harm == "gone":
+        assert not said
+    else:
+        assert len(said) == 1 and f"{shard} is damaged" in said[0]
+        assert said[0].endswith(
+            f"set aside as {shard.name}.damaged, and what was asked for was read from other shards."
+        )
+    check(reader, expected)
+    check(ReferenceCache(tmp_path / "c"), expected)
+
+
+def test_shards_that_are_gone_are_forgotten(tmp_path):
+    kept, lost = values(4), values(4, 1)
+    writer = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    writer.add(lost)
+    shard = shard_of(tmp_path / "c")
+    writer.add(kept)
+    reader = ReferenceCache(tmp_path / "c")
+    shard.rename(tmp_path / "elsewhere")
+    reader.reload()
+    check(reader, kept, lost)
+    (tmp_path / "elsewhere").rename(shard)
+    reader.reload()
+    check(reader, kept | lost)
 
 
 @pytest.mark.parametrize("column", ["key", "tokens", "sum"])
@@ -263,8 +498,7 @@ def test_damage_in_log_probs_is_found_when_they_are_read(tmp_path):
     cache.add(expected)
     shard = shard_of(tmp_path / "c")
     cache.add(kept | dict([next(iter(expected.items()))]))
-    place = pq.read_metadata(shard).row_group(1).column(3)
-    flip(shard, place.data_page_offset + place.total_compressed_size - 2)
+    flip_log_prob(shard, group=1)
     cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
     first, *_, last = expected
     assert cache[first].tobytes() == expected[first].tobytes()
@@ -284,31 +518,31 @@ def test_no_flipped_bit_gives_wrong_values(tmp_path):
     ReferenceCache(tmp_path / "c", FINGERPRINT).add(expected)
     shard = shard_of(tmp_path / "c")
     data = shard.read_bytes()
-    exact = (*cache_module.read_index_columns(shard), *cache_module.read_group(shard, 0))
+    exact = (*shard_module.read_index_columns(shard, KIND), *shard_module.read_group(shard, 0))
     found = 0
     readers = (
-        (cache_module.read_index_columns, exact[:3]),
-        (lambda shard: cache_module.read_group(shard, 0), exact[3:]),
+        (lambda shard: shard_module.read_index_columns(shard, KIND), exact[:3]),
+        (lambda shard: shard_module.read_group(shard, 0), exact[3:]),
     )
     for position in range(len(data)):
         flip(shard, position, bits=8 << position % 2)
         for read, wanted in readers:
             try:
                 assert all(map(np.array_equal, read(shard), wanted)), position
-            except cache_module.DamagedShard:
+            except shard_module.DamagedShard:
                 found += 1
         shard.write_bytes(data)
     assert found > len(data)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "empty", "text", "other"])
+@pytest.mark.parametrize("harm", ["truncated", "empty", "text", "columns"])
 def test_what_is_no_shard_is_set_aside(tmp_path, harm):
     kept = values(3, seed=1)
     cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
     cache.add(values(300))
     shard = shard_of(tmp_path / "c")
     cache.add(kept)
-    if harm == "other":  # whole, but of format 1
+    if harm == "columns":  # the header is whole
         pq.write_table(pq.read_table(shard, columns=["key", "logps"]), shard)
     else:
         shard.write_bytes({"truncated": shard.read_bytes()[:-300], "empty": b"", "text": b"PAR1 no PAR1"}[harm])
@@ -362,9 +596,8 @@ def test_a_folder_that_may_only_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", refuse)
     (tmp_path / "c").chmod(0o500)
     check(ReferenceCache(tmp_path / "c", FINGERPRINT), expected | lost)
-    place = pq.read_metadata(shard).row_group(0).column(3)
     reader = ReferenceCache(tmp_path / "c")
-    flip(shard, place.data_page_offset + place.total_compressed_size - 2)
+    flip_log_prob(shard)
     with pytest.raises(UserError, match=r"could not be set aside \(Read-only file system\): delete it\. Run again"):
         reader[next(iter(lost))]
     check(reader, expected, lost)
@@ -401,6 +634,46 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert said.endswith("(File too large); free space or name another folder. What was written before is kept. 5\n")
     assert sorted(path.suffix for path in (tmp_path / "c").iterdir()) == [".json", ".parquet"]
     check(ReferenceCache(tmp_path / "c"), kept)
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of half a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_full(full_disk):
+    cache = ReferenceCache(full_disk / "c", FINGERPRINT)
+    kept, big = values(50), values(2000, seed=1, most=200)
+    cache.add(kept)
+    before = contents(full_disk / "c")
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); free space or name another"):
+        cache.add(big)
+    assert contents(full_disk / "c") == before
+    check(cache, kept, big)
+    check(ReferenceCache(full_disk / "c"), kept, big)
+
+
+def test_no_space_for_a_manifest(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = ReferenceCache(tmp_path / "c", FINGERPRINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(UserError, match="No space left on device"):
+            cache.add(values(2))
+    assert contents(tmp_path / "c") == {}
+    cache.add(values(2))
+    check(ReferenceCache(tmp_path / "c"), values(2))
 
 
 def _add(folder, seeds, start):
@@ -479,7 +752,8 @@ def test_a_million_sequences(tmp_path):
         flat = -draw.exponential(size=tokens.sum()).astype(np.float32)
         total += flat.sum(dtype=np.float64)
         with open(big / f"shard-{number:020d}-00000000.parquet", "wb") as file:
-            write_shard(file, part, tokens, flat)
+            groups = np.split(flat, group_tokens(tokens).cumsum()[:-1])
+            write_shard(file, KIND, part, tokens, row_sums(flat, tokens), groups)
     measured = json.loads(run_python(SCALE, big, small, "7"))
     print(measured)
     assert measured["length"] == measured["found"] == 1_000_000 and measured["absent"] == 0

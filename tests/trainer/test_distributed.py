@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +40,9 @@ def test_two_processes_train_as_one(tmp_path, reference):
     assert len(one) == 4
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-4)
+    if precompute:  # each did its share, and nothing twice
+        shards = [pq.read_metadata(shard).num_rows for shard in (tmp_path / "2" / "cache").rglob("shard-*")]
+        assert sum(shards) == 64 and len(shards) == 2 and min(shards) > 16
 
 
 SYSTEMS = {

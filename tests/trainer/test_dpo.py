@@ -107,36 +107,6 @@ def test_evaluation_weighs_pairs_not_batches(tmp_path):
     assert run.evaluate()["eval_rewards/margins"] == pytest.approx((4 * means[0] + means[1]) / 5, rel=1e-4)
 
 
-def test_a_second_run_computes_no_reference(tmp_path, monkeypatch):
-    import fastdpo.reference.fill as module
-
-    calls, original = [], module.completion_logps
-    monkeypatch.setattr(module, "completion_logps", lambda *a, **k: calls.append(1) or original(*a, **k))
-    first = trainer(tmp_path, precompute_ref_log_probs=True)
-    assert calls
-    first.train()
-    calls.clear()
-    # Another beta, loss, learning rate and subset; the policy starts from the same weights.
-    second = trainer(tmp_path, rows=random_rows(20)[:9], precompute_ref_log_probs=True, beta=0.5, loss_type="ipo")
-    assert not calls
-    second.train()
-    assert trainer(tmp_path, ref_logps=str(tmp_path / "cache")).args.precompute_ref_log_probs
-    assert calls and list((tmp_path / "cache").glob("shard-*.parquet"))
-
-
-def test_reference_columns_of_the_data_are_taken_as_they_are(tmp_path):
-    rows = [dict(row, ref_chosen_logps=-1.0 - i, ref_rejected_logps=-2.0) for i, row in enumerate(random_rows(4))]
-    model = tiny_model()
-    with torch.no_grad():
-        chosen, rejected = naive_sequence_logps(model, rows).view(2, -1)
-    run = trainer(tmp_path, model, rows, max_steps=1)
-    assert run.ref_model is None
-    run.train()
-    margin = (chosen - torch.tensor([-1.0, -2.0, -3.0, -4.0])) - (rejected + 2.0)
-    exact = -torch.nn.functional.logsigmoid(0.1 * margin).mean().item()
-    assert losses_of(run) == pytest.approx([exact], rel=1e-5)
-
-
 @pytest.mark.parametrize("precompute", [False, True])
 def test_lora_takes_its_base_as_reference_and_the_frozen_head(tmp_path, precompute):
     peft = pytest.importorskip("peft")
@@ -184,8 +154,6 @@ def test_streamed_data(tmp_path, workers):
     run.train()
     listed.train()
     assert losses_of(run) == pytest.approx(losses_of(listed), rel=1e-5)
-    with pytest.raises(ValueError, match="this one is streamed"):
-        trainer(tmp_path, rows=streamed, precompute_ref_log_probs=True)
 
 
 def test_dropout_is_off_unless_asked_for(tmp_path):

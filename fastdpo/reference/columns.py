@@ -1,0 +1,123 @@
+"""To and from the columns `ref_chosen_logps` and `ref_rejected_logps` of a data set, one sum an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fastdpo.data.validate import REF_COLUMNS
+from fastdpo.packing import PreferenceCollator
+from fastdpo.reference.cache import ReferenceCache
+from fastdpo.reference.fingerprint import sequence_key
+from fastdpo.reference.work import Reader, token_rows
+from fastdpo.types import DataError, UserError
+
+_ROWS = 4096  # whose log-probs are read at a time
+
+
+def reference_columns(
+    cache: ReferenceCache,
+    dataset: Iterable[Mapping[str, Any]],
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    *,
+    tokenizer: Any = None,
+    ld_alpha: float | None = None,
+) -> dict[str, list[float]]:
+    """{"ref_chosen_logps", "ref_rejected_logps"}: the sum of log-probs of both answers of each row, from the cache.
+
+    `ld_alpha` weighs the tokens of an answer that the other is too short for:
+
+        sum_{t < m} logps[t] + ld_alpha * sum_{t >= m} logps[t]         m = min(tokens of chosen, tokens of rejected)
+
+    To add them to a `datasets.Dataset`: `dataset.add_column(name, values)` for each.
+
+    Raises:
+        UserError: the cache lacks some, or keeps only sums where `ld_alpha` needs each token.
+    """
+    return cached_columns(cache, *row_keys(dataset, max_length, truncation_mode, tokenizer), ld_alpha)
+
+
+def cached_columns(
+    cache: ReferenceCache, keys: np.ndarray, tokens: np.ndarray, ld_alpha: float | None = None
+) -> dict[str, list[float]]:
+    """`reference_columns` of rows whose `row_keys` are known."""
+    found, sums, _ = cache.lookup(keys.reshape(-1, keys.shape[-1]))
+    if not found.all():
+        raise UserError(
+            f"{cache.path} lacks {int((~found).sum()):,} of {len(found):,} sequences; compute them with "
+            "fastdpo.precompute."
+        )
+    sums = sums.reshape(-1, 2)
+    if ld_alpha is not None:
+        sums = _length_desensitized(cache, keys, sums, tokens, ld_alpha)
+    return {name: sums[:, side].tolist() for side, name in enumerate(REF_COLUMNS)}
+
+
+def import_columns(
+    cache: ReferenceCache,
+    dataset: Iterable[Mapping[str, Any]],
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    *,
+    tokenizer: Any = None,
+) -> int:
+    """Takes the sums that the rows carry, as they were computed elsewhere, into a cache that keeps sums only.
+
+    Whoever calls it vouches that they are sums over all tokens of each answer, cut in the same way, under the model of
+    the cache's fingerprint: nothing here can tell. Returns how many sequences were new.
+
+    Raises:
+        UserError: a row without the columns, or with one that is no finite number; a cache with values of each token.
+    """
+    sums: list[tuple[float, float]] = []
+
+    def rows() -> Iterable[Mapping[str, Any]]:
+        for number, row in enumerate(dataset):
+            sums.append((_sum(row, REF_COLUMNS[0], number), _sum(row, REF_COLUMNS[1], number)))
+            yield row
+
+    keys, tokens = row_keys(rows(), max_length, truncation_mode, tokenizer)
+    keys, first = np.unique(keys.reshape(-1, 16), axis=0, return_index=True)
+    new = ~cache.lookup(keys)[0]
+    if new.any():
+        cache.add_sums(keys[new], tokens.reshape(-1)[first][new], np.array(sums).reshape(-1)[first][new])
+    return int(new.sum())
+
+
+def row_keys(
+    dataset: Iterable[Mapping[str, Any]], max_length: int | None, truncation_mode: str, tokenizer: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys (rows, 2, 16) uint8 and scored tokens (rows, 2) of the chosen and the rejected answer of each row."""
+    reader = Reader(PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode), tokenizer)
+    keys, tokens = bytearray(), []
+    for number, row in enumerate(token_rows(dataset)):
+        for prompt, completion in reader.sequences(row, number):
+            keys += sequence_key(prompt, completion)
+            tokens.append(max(0, len(completion) - (not len(prompt))))  # nothing predicts the very first token
+    return np.frombuffer(bytes(keys), np.uint8).reshape(-1, 2, 16), np.array(tokens, np.int64).reshape(-1, 2)
+
+
+def _length_desensitized(
+    cache: ReferenceCache, keys: np.ndarray, sums: np.ndarray, tokens: np.ndarray, alpha: float
+) -> np.ndarray:
+    sums = sums.copy()
+    shorter = tokens.min(axis=1)
+    rows, sides = np.nonzero(tokens > shorter[:, None])
+    for start in range(0, len(rows), _ROWS):
+        some = slice(start, start + _ROWS)
+        for row, side, logps in zip(rows[some], sides[some], cache.logps(keys[rows[some], sides[some]]), strict=True):
+            sums[row, side] -= (1 - alpha) * logps[shorter[row] :].sum(dtype=np.float64)
+    return sums
+
+
+def _sum(row: Mapping[str, Any], name: str, number: int) -> float:
+    value = row.get(name)
+    if not isinstance(value, int | float) or not np.isfinite(value):
+        raise DataError(
+            f"row {number} of the data set (counted from 0): {name!r} is {value!r}; it must be the sum of the answer's "
+            "log-probs, a finite number."
+        )
+    return float(value)

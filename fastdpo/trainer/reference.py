@@ -1,0 +1,82 @@
+"""The reference's log-probs as columns of a run's data sets: from the cache, the rest computed by all processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+from datasets import IterableDataset
+
+from fastdpo.data.validate import REF_COLUMNS
+from fastdpo.reference import ReferenceCache, fill_cache, reference_columns
+from fastdpo.reference.columns import cached_columns, row_keys
+from fastdpo.trainer.passes import HostCounts
+
+_PATIENCE = timedelta(days=30)  # processes that are done wait for the slowest
+
+
+def has_reference(dataset: Any) -> bool:
+    return all(name in (dataset.column_names or ()) for name in REF_COLUMNS)
+
+
+def with_reference(dataset: Any, cache: ReferenceCache, model: Any, args: Any, **options: Any) -> Any:
+    """The data set with `ref_chosen_logps` and `ref_rejected_logps`; `options` go to `fill_cache`.
+
+    What the cache lacks is divided among the processes by content. They wait for each other at the end alone, and need
+    not share a file system: then each node computes for itself what it cannot see.
+
+    Raises:
+        UserError: as `fill_cache`.
+    """
+    cut = {"max_length": args.max_length, "truncation_mode": args.truncation_mode}
+    show = args.process_index == 0 and not args.disable_tqdm
+    options |= {**cut, "batch_size": args.precompute_ref_batch_size, "progress": show}
+    counts = HostCounts(_PATIENCE)
+    if isinstance(dataset, IterableDataset):
+        return _streamed(dataset, cache, model, args, counts, cut, options)
+    keys, tokens = row_keys(dataset, **cut)
+    for index, number in _divisions(args):
+        cache.reload()
+        if not _lacking(cache, keys, counts):
+            break
+        fill_cache(model, dataset, cache, shard_index=index, num_shards=number, **options)
+    counts.gather([0])
+    cache.reload()
+    for name, values in cached_columns(cache, keys, tokens).items():
+        dataset = dataset.add_column(name, values)
+    return dataset
+
+
+def _streamed(
+    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, cut: Any, options: Any
+) -> Any:
+    """Read once to fill the cache, and again with every epoch, when sums are looked up batch by batch."""
+    for index, number in _divisions(args):
+        fill_cache(model, dataset, cache, shard_index=index, num_shards=number, **options)
+        counts.gather([0])
+        cache.reload()
+
+    def look_up(batch: dict[str, list[Any]]) -> dict[str, list[float]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        return reference_columns(cache, rows, **cut)
+
+    return dataset.map(look_up, batched=True, batch_size=64)
+
+
+def _divisions(args: Any) -> Iterator[tuple[int, int]]:
+    """(slice, slices) for this process: of all processes; of those of its node, which see one disk; alone."""
+    local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    yield args.process_index, args.world_size
+    if args.world_size > local[1]:
+        yield local
+        if local[1] > 1:
+            yield 0, 1
+
+
+def _lacking(cache: ReferenceCache, keys: np.ndarray, counts: HostCounts) -> int:
+    """How many sequences any process cannot find."""
+    found, _, _ = cache.lookup(keys.reshape(-1, keys.shape[-1]))
+    return sum(lacking for (lacking,) in counts.gather([int((~found).sum())]))

@@ -1,0 +1,152 @@
+"""What tells one reference model from another, and what does not."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from zoo import ARCHITECTURES, make
+
+from fastdpo.reference import model_fingerprint
+from fastdpo.reference.fingerprint import sequence_key
+from fastdpo.types import UserError
+
+SOME = [
+    a for a in ARCHITECTURES if a.name in {"gemma2", "gpt2", "gpt-oss", "mixtral", "mamba", "qwen3", "bloom", "phi3"}
+]
+
+
+def differing(a, b):
+    return {part for part in a if a[part] != b[part]}
+
+
+@pytest.mark.parametrize("architecture", SOME, ids=lambda a: a.name)
+def test_a_saved_model_is_the_same_model(tmp_path, architecture):
+    from transformers import AutoModelForCausalLM
+
+    model = make(architecture)
+    own = model_fingerprint(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    assert model_fingerprint(loaded) == own
+    loaded.config.use_cache = not loaded.config.use_cache
+    loaded.config.pad_token_id = 3
+    loaded.config._name_or_path = "elsewhere"
+    assert model_fingerprint(loaded.train()) == own
+
+
+def test_every_weight_counts():
+    model = tiny_model()
+    own = model_fingerprint(model)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            flat = parameter.view(-1)
+            before = flat[-1].clone()
+            flat[-1] = torch.nextafter(before, before + 1)
+        assert differing(model_fingerprint(model), own) == {"weights"}
+        with torch.no_grad():
+            flat[-1] = before
+    assert model_fingerprint(model) == own
+    tensors = model.model.layers[0].self_attn
+    tensors.q_proj.weight, tensors.o_proj.weight = tensors.o_proj.weight, tensors.q_proj.weight  # of one shape
+    assert differing(model_fingerprint(model), own) == {"weights"}
+
+
+def test_a_large_tensor_is_hashed_in_parts(monkeypatch):
+    from fastdpo.reference import fingerprint
+
+    model = tiny_model()
+    own = model_fingerprint(model)
+    monkeypatch.setattr(fingerprint, "_CHUNK", 100)
+    parts = model_fingerprint(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[50, 7] += 1
+    assert own != parts and differing(model_fingerprint(model), parts) == {"weights"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "counts"),
+    [("rms_norm_eps", 1e-3, True), ("rope_parameters", {"rope_type": "default", "rope_theta": 99.0}, True),
+     ("attention_dropout", 0.5, False), ("pad_token_id", 7, False), ("initializer_range", 0.5, False)],
+)  # fmt: skip
+def test_fields_of_the_config(field, value, counts):
+    own, other = model_fingerprint(tiny_model()), model_fingerprint(tiny_model(**{field: value}))
+    assert differing(own, other) == ({"config"} if counts else set())
+
+
+def test_values_count_and_not_the_dtype_that_they_are_stored_in():
+    small = tiny_model().bfloat16()
+    large = copy.deepcopy(small).float()
+    assert differing(model_fingerprint(small), model_fingerprint(large)) == {"dtype"}
+    assert model_fingerprint(small)["dtype"] == "bfloat16" and model_fingerprint(large)["dtype"] == "float32"
+    assert model_fingerprint(large, torch.bfloat16)["dtype"] == "float32 in bfloat16 autocast"
+    assert model_fingerprint(small, torch.bfloat16) == model_fingerprint(small)
+    assert differing(model_fingerprint(tiny_model()), model_fingerprint(small)) == {"dtype", "weights"}
+    head = tiny_model(tie_word_embeddings=False).bfloat16()
+    head.lm_head.float()
+    assert model_fingerprint(head)["dtype"] == "bfloat16 with a head of float32"
+    half = tiny_model().half()
+    assert differing(model_fingerprint(half), model_fingerprint(copy.deepcopy(half).float())) == {"dtype"}
+    assert model_fingerprint(tiny_model(dtype=torch.float64))["dtype"] == "float64"
+
+
+class TestAdapters:
+    @pytest.fixture
+    def peft(self):
+        return pytest.importorskip("peft")
+
+    def wrapped(self, peft, name="default", seed=0, **options):
+        options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **options}
+        model = tiny_model()
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, **options), adapter_name=name)
+
+    def test_switched_off_they_leave_the_model_they_were_put_on(self, peft):
+        plain = model_fingerprint(tiny_model())
+        for options in ({}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"seed": 1, "r": 2}):
+            model = self.wrapped(peft, **options)
+            with model.disable_adapter():
+                assert model_fingerprint(model) == plain, options
+            assert differing(model_fingerprint(model), plain) == {"adapter"}, options
+
+    def test_what_tells_adapters_apart(self, peft, tmp_path):
+        own = model_fingerprint(self.wrapped(peft))
+        assert model_fingerprint(self.wrapped(peft, name="other")) == own
+        assert model_fingerprint(self.wrapped(peft, lora_dropout=0.5)) == own
+        for change in ({"lora_alpha": 9}, {"seed": 1}, {"use_rslora": True}, {"target_modules": ["q_proj"]}):
+            assert differing(model_fingerprint(self.wrapped(peft, **change)), own) == {"adapter"}, change
+        model = self.wrapped(peft, modules_to_save=["lm_head"])
+        saved = model_fingerprint(model)
+        model.save_pretrained(tmp_path)
+        assert model_fingerprint(peft.PeftModel.from_pretrained(tiny_model(), tmp_path, adapter_name="x")) == saved
+        with torch.no_grad():
+            model.base_model.model.lm_head.modules_to_save["default"].weight[3, 3] += 1
+        assert differing(model_fingerprint(model), saved) == {"adapter"}
+
+    def test_the_one_of_several_that_is_in_use(self, peft):
+        model = self.wrapped(peft)
+        first = model_fingerprint(model)
+        torch.manual_seed(5)
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        assert model_fingerprint(model) == first
+        model.set_adapter("second")
+        second = model_fingerprint(model)
+        assert differing(first, second) == {"adapter"}
+        assert second["adapter"] != "none"
+
+    def test_merged_weights_are_other_weights(self, peft):
+        model = self.wrapped(peft)
+        merged = model_fingerprint(copy.deepcopy(model).merge_and_unload())
+        assert merged["adapter"] == "none" and "weights" in differing(merged, model_fingerprint(model))
+
+    def test_tokens_before_the_prompt_are_refused(self, peft):
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        with pytest.raises(UserError, match="tokens of its own before the prompt"):
+            model_fingerprint(peft.get_peft_model(tiny_model(), config))
+
+
+def test_keys_tell_prompt_from_completion():
+    assert sequence_key([1, 2], [3]) != sequence_key([1], [2, 3])
+    assert sequence_key([1, 2], [3]) == sequence_key((1, 2), np.array([3])) == sequence_key(np.array([1, 2], "i4"), [3])
+    assert len(sequence_key([], [])) == 16

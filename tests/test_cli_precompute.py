@@ -1,0 +1,243 @@
+"""fastdpo precompute: alone, in slices, in several processes; one sentence for each mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cache_contents import assert_same, contents
+from tiny import naive_sequence_logps, random_rows, tiny_model, word_tokenizer
+
+from fastdpo.cli import main
+from fastdpo.data import tokenize_row
+from fastdpo.reference import ReferenceCache, precompute, reference_columns
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+
+def text_rows(count):
+    words = ["a", "b", "c", "d", "e", "hello"]
+    return [
+        {"prompt": f"why {words[i % 6]} {words[i // 6 % 6]}", "chosen": f" yes {words[i % 5]}", "rejected": " no no"}
+        for i in range(count)
+    ]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(tmp_path, model_folder, capfd):
+    """Runs `fastdpo precompute` with a good command line but for the changes; exit code, stdout and stderr."""
+
+    def call(*extra, rows=None, **changes):
+        options = {"model": model_folder, "output": str(tmp_path / "cache")}
+        if "dataset" not in changes:
+            options["dataset"] = write_rows(tmp_path / "pairs.jsonl", text_rows(30) if rows is None else rows)
+        options |= changes
+        words = [part for name, value in options.items() if value is not None for part in (f"--{name}", value)]
+        try:
+            code = main(["precompute", *words, *extra])
+        except SystemExit as exit:  # argparse's own
+            code = exit.code
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        out = capfd.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def test_a_cache_from_one_command(run, tmp_path):
+    code, out, err = run()
+    assert code == 0, err
+    assert "sequences   60: 0 found, 60 computed" in out and "30/30 rows" in err
+    rows = [tokenize_row(row, word_tokenizer()) for row in text_rows(30)]
+    columns = reference_columns(ReferenceCache(tmp_path / "cache"), rows)
+    exact = naive_sequence_logps(tiny_model(), rows).view(2, -1)
+    torch.testing.assert_close(torch.tensor([*columns.values()]), exact, rtol=1e-5, atol=1e-4)
+    code, out, err = run(rows=text_rows(33)[::-1])
+    assert code == 0 and "66: 60 found, 6 computed" in out
+    code, out, err = run()
+    assert "60 found, 0 computed" in out and "100% found in the cache" in err
+
+
+def test_what_it_computes_the_trainer_takes(run, tmp_path, model_folder, capfd):
+    assert run()[0] == 0
+    (tmp_path / "cache" / "manifest.json").chmod(0o444)
+    before = sorted((tmp_path / "cache").iterdir())
+    arguments = ["train", "--model", model_folder, "--dataset", str(tmp_path / "pairs.jsonl"), "--max_steps", "1"]
+    code = main([*arguments, "--output_dir", str(tmp_path / "out"), "--ref_logps", str(tmp_path / "cache")])
+    assert code == 0, capfd.readouterr().err
+    assert sorted((tmp_path / "cache").iterdir()) == before
+
+
+def test_without_output_it_fills_the_cache_that_training_looks_into(run, tmp_path, monkeypatch, model_folder, capfd):
+    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path / "user"))
+    code, out, _ = run(output=None)
+    assert code == 0 and str(tmp_path / "user") in out
+    before = sorted((tmp_path / "user").rglob("*"))
+    arguments = ["train", "--model", model_folder, "--dataset", str(tmp_path / "pairs.jsonl"), "--max_steps", "1"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
+    assert sorted((tmp_path / "user").rglob("*")) == before
+
+
+def test_slices_copied_together(run, tmp_path):
+    assert run(output=str(tmp_path / "whole"))[0] == 0
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    total = 0
+    for part in ("1/3", "2/3", "3/3"):
+        code, out, _ = run(output=str(tmp_path / part.replace("/", "of")), shard=part)
+        assert code == 0 and f"slice {part[0]} of 3" in out
+        total += len(ReferenceCache(tmp_path / part.replace("/", "of")))
+        for file in (tmp_path / part.replace("/", "of")).iterdir():
+            (merged / file.name).write_bytes(file.read_bytes())
+    assert total == 60
+    assert_same(contents(tmp_path / "whole"), contents(merged))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_cache_of_one(tmp_path, model_folder):
+    rows = write_rows(tmp_path / "pairs.jsonl", random_rows(80, seed=3))
+    command = ["-m", "fastdpo", "precompute", "--model", model_folder, "--dataset", rows, "--output"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | ENVIRONMENT
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run([sys.executable, *command, str(one)], env=environment, check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, *launcher, *command, str(two)], env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.count("160: 0 found, 160 computed") == 1  # one summary, of both
+    assert_same(contents(one), contents(two))
+    assert len(list(two.glob("shard-*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_terminated_run_keeps_what_it_has(tmp_path, model_folder):
+    """SIGTERM, as a batch system sends it before it kills; and rows from a pipe, whose number nobody knows."""
+    command = ["-m", "fastdpo", "precompute", "--model", model_folder, "--dataset", "-", "--max_tokens", "40"]
+    process = subprocess.Popen(
+        [sys.executable, *command, "--output", str(tmp_path / "cache")],
+        env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    rows = [row for row in random_rows(18_500, seed=4) if row["chosen_ids"] != row["rejected_ids"]]
+    assert len(rows) > 16_384  # more than a window
+    for row in rows:
+        process.stdin.write(json.dumps(row) + "\n")
+    process.stdin.flush()
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cache").glob("shard-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.splitlines()[-1] == "fastdpo: interrupted"
+    cache = ReferenceCache(tmp_path / "cache")
+    assert 0 < len(cache) < 30_000
+    assert not list((tmp_path / "cache").glob(".*.tmp"))
+    assert len(precompute(tiny_model(), rows[:300], cache, progress=False)) < len(cache) + 601
+
+
+def test_sums_only_and_columns(run, tmp_path):
+    columns = tmp_path / "columns.jsonl"
+    code, _, err = run("--sums_only", "true", "--columns", str(columns))
+    assert code == 0, err
+    cache = ReferenceCache(tmp_path / "cache")
+    assert not cache.per_token
+    written = [json.loads(line) for line in columns.read_text().splitlines()]
+    rows = [tokenize_row(row, word_tokenizer()) for row in text_rows(30)]
+    sums = reference_columns(cache, rows)
+    for number, row in enumerate(text_rows(30)):
+        assert written[number] == {**row, **{name: values[number] for name, values in sums.items()}}
+
+
+def test_an_adapter(run, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model(), lora)
+    model.save_pretrained(tmp_path / "adapter")
+    code, _, err = run(adapter=str(tmp_path / "adapter"))
+    assert code == 0, err
+    rows = [tokenize_row(row, word_tokenizer()) for row in text_rows(30)]
+    columns = reference_columns(ReferenceCache(tmp_path / "cache"), rows)
+    exact = naive_sequence_logps(model.merge_and_unload(), rows).view(2, -1)
+    torch.testing.assert_close(torch.tensor([*columns.values()]), exact, rtol=1e-4, atol=1e-3)
+    code, _, err = run()
+    assert code == 2 and "adapter" in err.splitlines()[-1]
+
+
+def test_another_dtype(run, tmp_path):
+    assert run(dtype="bfloat16")[0] == 0
+    assert ReferenceCache(tmp_path / "cache").fingerprint["dtype"] == "bfloat16"
+    code, _, err = run()
+    assert code == 2 and "bfloat16" in err.splitlines()[-1] and "float32" in err.splitlines()[-1]
+    assert run("--bf16", "true", output=str(tmp_path / "other"))[0] == 0
+    assert ReferenceCache(tmp_path / "other").fingerprint["dtype"] == "float32 in bfloat16 autocast"
+
+
+def test_pickled_weights_only_on_request(run, tmp_path, model_folder):
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for file in Path(model_folder).iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
+    code, _, err = run(model=str(folder))
+    assert code == 2 and "can run code when they are read" in err and "--allow_pickle true" in err
+    code, _, err = run("--allow_pickle", "true", model=str(folder))
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model": "/nowhere"}, "there is no such model folder"),
+        ({"adapter": "/nowhere"}, "there is no such model folder; check the path given with --adapter"),
+        ({"dataset": "/nowhere.jsonl"}, "there is no such file"),
+        ({"rows": []}, "holds no rows"),
+        ({"rows": [*text_rows(2), {"prompt": "why", "chosen": " a"}]}, "pairs.jsonl, row 3: the field 'rejected'"),
+        (
+            {"rows": [{"prompt_ids": [1], "chosen_ids": [500], "rejected_ids": [3]}]},
+            "the id 500, and the model knows 97",
+        ),
+        ({"shard": "0/3"}, "no slice; give I/N with I from 1 to N"),
+        ({"shard": "4/3"}, "no slice; give I/N with I from 1 to N"),
+        ({"max_length": "one"}, "no number of tokens"),
+        ({"sums_only": "perhaps"}, "neither true nor false"),
+        ({"max_tokens": "0"}, "must be above 0"),
+        ({"batch_size": "some"}, "must be above 0"),
+        ({"packing": "prefix", "attention_backend": "nothing"}, "nothing"),
+        ({"colour": "red"}, "does not know --colour"),
+        ({"rows": [{"prompt_ids": 5, "chosen_ids": [2], "rejected_ids": [3]}]}, "row 1: 'prompt_ids' must be a list"),
+        ({"dataset": "-", "columns": "x.jsonl"}, "standard input comes once"),
+    ],
+)
+def test_mistakes(run, tmp_path, changes, problem):
+    code, _, err = run(**changes)
+    assert code == 2
+    assert problem in err and "Traceback" not in err
+    assert not list(tmp_path.rglob("shard-*"))
+
+
+def test_an_output_that_cannot_be_one(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "cache"):
+        code, _, err = run(output=str(output))
+        assert code == 2 and len(err.splitlines()) == 1 and "--output" in err
