@@ -19,6 +19,10 @@ class DataError(UserError):
     """A row of the user's data cannot be used; the message names the file, the row, and the remedy."""
 
 
+class DamageWarning(UserWarning):
+    """Something on disk was damaged, and the run goes on without it."""
+
+
 @dataclass(frozen=True)
 class TokenStats:
     """What one pass over the logits tells of each token besides its log-prob; every field is (N,), detached.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
     attention = inner.config._attn_implementation
     try:
         with evaluating(model), torch.no_grad():
-            theirs = _own_logps(model, rows, weight.device)
+            theirs = _own_logps(model, rows)
             try:
                 with packed_layers() as layers:
                     ours = logps(rows)
@@ -131,17 +132,24 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
         raise
 
 
-def _own_logps(model: Any, rows: list[Row], device: torch.device) -> Tensor:
+def _own_logps(model: Any, rows: list[Row]) -> Tensor:
     """Sums of the completions' log-probs, chosen first, from the logits of each sequence run alone."""
-    sums = []
-    for side in ("chosen_ids", "rejected_ids"):
-        for row in rows:
-            start = len(row["prompt_ids"])
-            tokens = torch.tensor([row["prompt_ids"] + row[side]], device=device)
-            logits = model(input_ids=tokens, use_cache=False).logits[0, start - 1 : -1]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            sums.append(logits.log_softmax(-1).gather(1, tokens[0, start:, None]).sum().cpu())
-    return torch.stack(sums)
+    return torch.stack(
+        [
+            own_logps(model, row["prompt_ids"], row[side]).sum()
+            for side in ("chosen_ids", "rejected_ids")
+            for row in rows
+        ]
+    )
+
+
+def own_logps(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
+    """Log-probs of a completion's tokens on the CPU, plainly: the model run on this sequence alone, its own logits."""
+    ids = torch.tensor([[*prompt, *completion]], device=causal_lm(model).get_input_embeddings().weight.device)
+    first = max(1, len(prompt))  # nothing predicts the first token of all
+    logits = model(input_ids=ids, use_cache=False).logits[0, first - 1 : -1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.log_softmax(-1).gather(1, ids[0, first:, None].to(logits.device)).squeeze(1).cpu()
 
 
 def _arithmetic(inner: Any) -> torch.dtype:

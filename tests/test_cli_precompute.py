@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from cache_contents import assert_same, contents
@@ -113,6 +114,21 @@ def test_slices_copied_together(run, tmp_path):
     assert_same(contents(tmp_path / "whole"), contents(merged))
 
 
+def test_slices_fit_together_whatever_the_number_of_processes(run, tmp_path, monkeypatch):
+    """The first of two machines has three processes, the second has one."""
+    from fastdpo.cli import precompute as command
+
+    monkeypatch.setattr(command, "_wait_for_all", lambda filled: filled)
+    for part, world in (("1/2", 3), ("2/2", 1)):
+        for rank in range(world):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", str(world))
+            code, _, err = run(shard=part)
+            assert code == 0, err
+    cache = ReferenceCache(tmp_path / "cache")
+    assert len(cache) == sum(pq.read_metadata(shard).num_rows for shard in cache.path.glob("shard-*")) == 60
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_cache_of_one(tmp_path, model_folder):
     rows = write_rows(tmp_path / "pairs.jsonl", random_rows(80, seed=3))
@@ -138,7 +154,8 @@ def test_a_terminated_run_keeps_what_it_has(tmp_path, model_folder):
         env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     rows = [row for row in random_rows(18_500, seed=4) if row["chosen_ids"] != row["rejected_ids"]]
-    assert len(rows) > 16_384  # more than a window
+    rows = rows[:16_600]  # more than a window; what is beyond fits into the pipe
+    assert len(rows) == 16_600
     for row in rows:
         process.stdin.write(json.dumps(row) + "\n")
     process.stdin.flush()
@@ -181,6 +198,42 @@ def test_an_adapter(run, tmp_path):
     torch.testing.assert_close(torch.tensor([*columns.values()]), exact, rtol=1e-4, atol=1e-3)
     code, _, err = run()
     assert code == 2 and "adapter" in err.splitlines()[-1]
+
+
+def test_damage_is_told_in_one_line(run, tmp_path):
+    assert run()[0] == 0
+    (shard,) = (tmp_path / "cache").glob("shard-*")
+    shard.write_bytes(shard.read_bytes()[:500])
+    code, out, err = run()
+    assert code == 0 and "60 computed" in out
+    told = [line for line in err.splitlines() if "damaged" in line]
+    assert len(told) == 1 and told[0].startswith(f"fastdpo: {shard} is damaged (")
+
+
+def test_a_folder_that_may_only_be_read_is_enough_where_it_has_everything(run, tmp_path, monkeypatch):
+    assert run()[0] == 0
+
+    def never(*args, **kwargs):
+        raise AssertionError("the folder is written to")
+
+    monkeypatch.setattr("fastdpo.reference.cache.write_file", never)
+    monkeypatch.setattr("fastdpo.run.check_output_dir", never)
+    code, out, _ = run()
+    assert code == 0 and "60 found, 0 computed" in out
+
+
+def test_values_are_verified_against_the_model(run, tmp_path, model_folder, capfd):
+    assert run()[0] == 0
+    data = ["--model", model_folder, "--dataset", str(tmp_path / "pairs.jsonl")]
+    assert main(["cache", "verify", str(tmp_path / "cache"), *data, "--rows", "4"]) == 0
+    assert "8 sequences against the model: they agree" in capfd.readouterr().out
+    cache = ReferenceCache(tmp_path / "cache")
+    wrong = ReferenceCache(tmp_path / "wrong", cache.fingerprint)
+    wrong.add({key: value - 1 for key, value in contents(tmp_path / "cache").items()})
+    assert main(["cache", "verify", str(tmp_path / "wrong"), *data]) == 1
+    assert "60 sequences against the model: they DO NOT AGREE" in capfd.readouterr().out
+    assert main(["cache", "verify", str(tmp_path / "cache"), *data[:2]]) == 2
+    assert "give both --model and --dataset" in capfd.readouterr().err
 
 
 def test_another_dtype(run, tmp_path):
@@ -227,6 +280,7 @@ def test_pickled_weights_only_on_request(run, tmp_path, model_folder):
         ({"colour": "red"}, "does not know --colour"),
         ({"rows": [{"prompt_ids": 5, "chosen_ids": [2], "rejected_ids": [3]}]}, "row 1: 'prompt_ids' must be a list"),
         ({"dataset": "-", "columns": "x.jsonl"}, "standard input comes once"),
+        ({"shard": "1/2", "columns": "x.jsonl"}, "--columns needs what all slices compute"),
     ],
 )
 def test_mistakes(run, tmp_path, changes, problem):

@@ -8,6 +8,5 @@ CPU_MODEL = "SmolLM2-135M"
 
 GOALS = (
     Goal("speed against TRL's default", "speedup", 4.0, model=CPU_MODEL, against_trl=True, device=""),
-    Goal("speed against TRL's fastest batches", "speedup_best", 4.0, model=CPU_MODEL, against_trl=True, device=""),
     Goal("share of the GEMM ceiling", "share_of_ceiling", 0.6, model="8B"),
 )

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.cli.arguments import count
+from fastdpo.cli.reference_model import add_data_arguments, add_model_arguments, check_model, load_reference
 from fastdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -33,12 +35,17 @@ def add_commands(commands: Any) -> None:
     verify = actions.add_parser(
         "verify",
         help="read everything, name what is damaged",
-        description="Reads everything in a folder and names what is damaged. Exit code 0: sound; 1: not.",
+        description="Reads everything in a folder and names what is damaged. With --model and --dataset, it also draws "
+        "rows, runs them through the model, plainly, and compares. Exit code 0: sound; 1: not.",
     )
     verify.add_argument("cache", metavar="CACHE")
     verify.add_argument(
         "--repair", action="store_true", help="set damaged files aside; write a missing manifest from the shards"
     )
+    against = verify.add_argument_group("against the model")
+    add_model_arguments(against, required=False)
+    add_data_arguments(against, required=False)
+    against.add_argument("--rows", type=count, default=32, metavar="N", help="to draw (default 32)")
     verify.set_defaults(run=_verify)
 
     merge = actions.add_parser(
@@ -106,12 +113,40 @@ def _list(as_json: bool) -> None:
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     from fastdpo.reference.maintain import verify
 
+    if bool(options.model) != bool(options.dataset):
+        raise UserError("to compare with the model, give both --model and --dataset.")
     report = verify(options.cache, options.repair)
     for name, what in report.bad.items():
         print(f"{name}: {what}" + (f"; {report.repaired[name]}" if name in report.repaired else ""))
     verdict = "sound" if report.sound else f"{_count(len(report.bad), 'file')} not sound"
     print(f"{report.path}: {_count(report.shards, 'shard')}, {_count(report.sequences, 'sequence')}: {verdict}")
-    return int(not report.sound)
+    return int(not report.sound or (bool(options.model) and not _agrees(options)))
+
+
+def _agrees(options: argparse.Namespace) -> bool:
+    from fastdpo.data import open_rows
+    from fastdpo.reference import ReferenceCache
+    from fastdpo.reference.recheck import recheck
+
+    check_model(options)
+    rows = open_rows(options.dataset, split=options.split, streaming=options.streaming)
+    reference = load_reference(options)
+    found = recheck(
+        reference.model,
+        (row for _, row in rows),
+        ReferenceCache(options.cache, reference.fingerprint),
+        rows=options.rows,
+        tokenizer=reference.tokenizer,
+        max_length=options.max_length,
+        truncation_mode=options.truncation_mode,
+        autocast_dtype=reference.autocast_dtype,
+    )
+    verdict = "agree" if found.agrees else "DO NOT AGREE"
+    print(
+        f"{_count(found.sequences, 'sequence')} against the model: they {verdict}; at most {found.largest:.1e} nats a "
+        f"token apart (row {found.row}, counted from 0), allowed {found.tolerance:.0e}"
+    )
+    return found.agrees
 
 
 def _merge(options: argparse.Namespace, rest: list[str]) -> int:

@@ -48,7 +48,7 @@ from fastdpo.reference.shard import (
     shard_name,
     write_shard,
 )
-from fastdpo.types import UserError
+from fastdpo.types import DamageWarning, UserError
 
 OPEN_BYTES = 64 << 20  # log-probs kept in memory after they were read
 
@@ -258,6 +258,7 @@ class ReferenceCache:
             except DamagedShard as error:
                 warnings.warn(
                     f"{shard} is damaged ({error}); {set_aside(shard)}, and the values it held will be computed again.",
+                    DamageWarning,
                     stacklevel=5,
                 )
                 continue
@@ -300,7 +301,7 @@ class ReferenceCache:
                 f"{said}{'. Run' if damage else '; run'} again, and the values it held will be computed anew."
             ) from None
         if damage:
-            warnings.warn(f"{said}, and what was asked for was read from other shards.", stacklevel=3)
+            warnings.warn(f"{said}, and what was asked for was read from other shards.", DamageWarning, stacklevel=3)
 
     def _sums_only(self) -> UserError:
         return UserError(
@@ -318,10 +319,12 @@ class ReferenceCache:
         if wanted is None:
             return
         differing = differences(self.fingerprint, wanted)
-        if differing.keys() == {"dtype"}:
+        if "dtype" in differing and differing.keys() <= {"dtype", "weights"}:
             there, here = (fingerprint.get("dtype", "an unknown dtype") for fingerprint in (self.fingerprint, wanted))
+            # Weights that were rounded to another dtype are other weights.
+            weights = f" ({differing['weights']})" if "weights" in differing else ""
             raise UserError(
-                f"{self.path} holds log-probs computed in {there}, and they are wanted in {here}; "
+                f"{self.path} holds log-probs computed in {there}, and they are wanted in {here}{weights}; "
                 f"name another folder or load the model in {there}."
             )
         if differing:

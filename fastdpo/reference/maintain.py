@@ -126,9 +126,9 @@ def verify(path: str | Path, repair: bool = False) -> Report:
     shards = sorted(path.glob(SHARDS))
     try:
         kind = require_manifest(path).kind
-    except BrokenManifest as error:
+    except BrokenManifest:
         kind = _kind_of_all(path, shards)
-        bad[MANIFEST] = str(error)
+        bad[MANIFEST] = "it is damaged" if (path / MANIFEST).exists() else "it is missing"
         if repair:
             repaired[MANIFEST] = _restore_manifest(path, kind)
     rows = 0

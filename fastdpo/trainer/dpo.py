@@ -16,8 +16,8 @@ import copy
 import functools
 import itertools
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -163,7 +163,6 @@ class DPOTrainer(Trainer):
         if not self._losses.needs_reference:
             return
         if self.args.precompute_ref_log_probs:
-            self._reference.to(self.args.device)
             with self._adapters_off():
                 fingerprint = model_fingerprint(self._reference, self._autocast_dtype)
             folder = self.args.ref_logps or default_cache_dir(fingerprint)
@@ -190,7 +189,7 @@ class DPOTrainer(Trainer):
         if has_reference(dataset):
             return dataset
         assert self._ref_cache is not None
-        with self._adapters_off():
+        with self._adapters_off(), _lent(self._reference, self.args.device):
             return with_reference(
                 dataset,
                 self._ref_cache,
@@ -383,6 +382,20 @@ def _load(model: Any, args: DPOConfig, quantization_config: Any) -> Any:
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     return AutoModelForCausalLM.from_pretrained(model, **options)
+
+
+@contextmanager
+def _lent(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on `device` within it, and then where it was: no memory is held for what is done ahead."""
+    home = next(model.parameters()).device
+    if home == device:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:

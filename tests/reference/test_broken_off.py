@@ -1,7 +1,6 @@
 """Real processes that fill a cache, killed with SIGKILL or side by side."""
 
 import multiprocessing
-import os
 import random
 import signal
 import time
@@ -61,7 +60,7 @@ def run(processes, folder, kill_after=None, seed=0):
     start = time.perf_counter()
     if kill_after is not None:
         time.sleep(kill_after)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()  # SIGKILL
     process.join(120)
     return process.exitcode, time.perf_counter() - start
 
@@ -107,7 +106,7 @@ def test_two_writers_at_once(tmp_path, processes, undisturbed):
     for writer in writers:
         writer.start()
     assert began[2].wait(120)
-    os.kill(writers[2].pid, signal.SIGKILL)
+    writers[2].kill()
     for writer in writers:
         writer.join(120)
     assert [writer.exitcode for writer in writers] == [0, 0, -signal.SIGKILL]
