@@ -38,7 +38,10 @@ def parts(kind: str, results: str) -> dict[str, tuple[list[str], int]]:
         return {
             "kernels": ([*pytest, "tests/kernels"], 220),
             "ops": ([*pytest, "tests/ops", "tests/test_functional.py"], 160),
-            "attention and models": ([*pytest, "tests/attention", "tests/test_models.py"], 120),
+            "attention and models": (
+                [*pytest, "tests/attention", "tests/test_models.py", "tests/reference/test_fill.py"],
+                125,
+            ),
         }
     return {
         "kernels": (["benchmarks/kernels/logprobs.py", "--seconds", "134", "--results", results], 190),

@@ -37,7 +37,6 @@ class Prompt:
     """A prompt and completions of it by key (`sequence_key`), all int32 ids; row: the first that they stand in."""
 
     ids: np.ndarray
-    key: bytes
     row: int
     completions: dict[bytes, np.ndarray] = field(default_factory=dict)
 
@@ -47,7 +46,7 @@ class Prompt:
         return len(self.ids) + sum(map(len, self.completions.values()))
 
     def part(self, keys: Iterable[bytes]) -> Prompt:
-        return Prompt(self.ids, self.key, self.row, {key: self.completions[key] for key in keys})
+        return Prompt(self.ids, self.row, {key: self.completions[key] for key in keys})
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class Reader:
             key, prompt_key = sequence_key(prompt, completion), sequence_key(prompt, ())
             if prompt_key not in prompts:
                 # Copies: a slice would keep the whole table alive that it was read from.
-                prompts[prompt_key] = Prompt(np.array(prompt, np.int32), prompt_key, number)
+                prompts[prompt_key] = Prompt(np.array(prompt, np.int32), number)
             prompts[prompt_key].completions.setdefault(key, np.array(completion, np.int32))
             tokens += len(prompt) + len(completion)
         return tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,6 +14,7 @@ from datasets import IterableDataset
 from fastdpo.data.validate import REF_COLUMNS
 from fastdpo.reference import ReferenceCache, fill_cache, reference_columns
 from fastdpo.reference.columns import cached_columns, row_keys
+from fastdpo.reference.folder import SHARDS
 from fastdpo.trainer.passes import HostCounts
 
 _PATIENCE = timedelta(days=30)  # processes that are done wait for the slowest
@@ -58,6 +60,8 @@ def _streamed(
         fill_cache(model, dataset, cache, shard_index=index, num_shards=number, **options)
         counts.gather([0])
         cache.reload()
+        if len({seen for (seen,) in counts.gather([_shards_seen(cache)])}) == 1:
+            break  # all see one folder, and what all have computed
 
     def look_up(batch: dict[str, list[Any]]) -> dict[str, list[float]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -67,13 +71,21 @@ def _streamed(
 
 
 def _divisions(args: Any) -> Iterator[tuple[int, int]]:
-    """(slice, slices) for this process: of all processes; of those of its node, which see one disk; alone."""
-    local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """(slice, slices) for this process: of all processes; of those of its node, which see one disk; alone.
+
+    As many on every process, whatever its node is like: they meet after each.
+    """
     yield args.process_index, args.world_size
-    if args.world_size > local[1]:
-        yield local
-        if local[1] > 1:
-            yield 0, 1
+    if args.world_size > 1:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+        yield args.local_process_index % local_size, local_size
+        yield 0, 1
+
+
+def _shards_seen(cache: ReferenceCache) -> int:
+    """A number that two processes have in common if they see the same files: names of shards are drawn."""
+    names = "".join(sorted(shard.name for shard in cache.path.glob(SHARDS)))
+    return int.from_bytes(hashlib.blake2b(names.encode(), digest_size=7).digest(), "little")
 
 
 def _lacking(cache: ReferenceCache, keys: np.ndarray, counts: HostCounts) -> int:

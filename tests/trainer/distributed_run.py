@@ -14,6 +14,9 @@ from fastdpo import DPOConfig, DPOTrainer
 
 torch.set_num_threads(1)
 folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+if options.pop("own_disk", False):  # as on machines that share none
+    options["ref_logps"] = str(folder / f"cache-{os.environ.get('RANK', 0)}")
+rows = random_rows(32, prompt=(2, 30))
 trainer = DPOTrainer(
     tiny_model(),
     args=DPOConfig(
@@ -28,7 +31,7 @@ trainer = DPOTrainer(
         logging_steps=1,
         **options,
     ),
-    train_dataset=random_rows(32, prompt=(2, 30)),
+    train_dataset=rows,
     processing_class=word_tokenizer(),
 )
 if "fsdp" in options:  # accelerate shards models on GPUs only, unless told that it is on some

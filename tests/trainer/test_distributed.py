@@ -33,16 +33,21 @@ def curve(folder, processes, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["online", "precompute"])
+@pytest.mark.parametrize("reference", ["online", "precompute", "own_disk"])
 def test_two_processes_train_as_one(tmp_path, reference):
     precompute = reference == "precompute"
-    (one, _), (two, _) = (curve(tmp_path / str(n), n, precompute_ref_log_probs=precompute) for n in (1, 2))
+    options = {"own_disk": True} if reference == "own_disk" else {"precompute_ref_log_probs": precompute}
+    (one, _), (two, _) = (curve(tmp_path / str(n), n, **options) for n in (1, 2))
     assert len(one) == 4
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-4)
     if precompute:  # each did its share, and nothing twice
         shards = [pq.read_metadata(shard).num_rows for shard in (tmp_path / "2" / "cache").rglob("shard-*")]
         assert sum(shards) == 64 and len(shards) == 2 and min(shards) > 16
+    if reference == "own_disk":  # each computed for itself what it could not see
+        for rank in (0, 1):
+            folder = tmp_path / "2" / f"cache-{rank}"
+            assert sum(pq.read_metadata(shard).num_rows for shard in folder.glob("shard-*")) == 64
 
 
 SYSTEMS = {

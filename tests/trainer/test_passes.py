@@ -140,7 +140,7 @@ def test_the_balancing_loss_can_be_left_out(tmp_path):
 def test_rows_longer_than_the_model_are_refused_before_anything_runs(tmp_path, monkeypatch):
     import fastdpo.reference.fill as fill
 
-    monkeypatch.setattr(fill, "completion_logps", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr(fill, "score", lambda *a, **k: pytest.fail("ran"))
     rows = random_rows(6)
     rows[2]["chosen_ids"] = [5] * 300
     rows[4]["rejected_ids"] = [5] * 260

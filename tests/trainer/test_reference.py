@@ -145,3 +145,28 @@ def test_reference_columns_of_the_data_are_taken_as_they_are(tmp_path):
     margin = (chosen - torch.tensor([-1.0, -2.0, -3.0, -4.0])) - (rejected + 2.0)
     exact = -torch.nn.functional.logsigmoid(0.1 * margin).mean().item()
     assert losses_of(run) == pytest.approx([exact], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "divisions"),
+    [
+        ({}, [(0, 1)]),
+        ({"RANK": 5, "WORLD_SIZE": 12, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}, [(5, 12), (1, 4), (0, 1)]),
+        ({"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 3}, [(3, 4), (3, 4), (0, 1)]),
+        ({"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}, [(1, 2), (0, 1), (0, 1)]),
+    ],
+)
+def test_every_process_meets_the_others_as_often(monkeypatch, environment, divisions):
+    from types import SimpleNamespace
+
+    from fastdpo.trainer.reference import _divisions
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    args = SimpleNamespace(
+        process_index=environment.get("RANK", 0),
+        world_size=environment.get("WORLD_SIZE", 1),
+        local_process_index=environment.get("LOCAL_RANK", 0),
+    )
+    assert list(_divisions(args)) == divisions
