@@ -33,15 +33,20 @@ class LMHead:
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside distributed wrappers, adapters and all."""
+    while hasattr(model, "module") and isinstance(model.module, torch.nn.Module):
+        model = model.module
+    return model
+
+
 def causal_lm(model: Any) -> Any:
     """The transformers model inside adapters and distributed wrappers.
 
     Raises:
         ValueError: it is no transformers model with a language-model head.
     """
-    inner = model
-    while hasattr(inner, "module") and isinstance(inner.module, torch.nn.Module):
-        inner = inner.module
+    inner = unwrapped(model)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None

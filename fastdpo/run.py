@@ -87,7 +87,9 @@ def check_model_path(path: str, option: str = "--model", allow_pickle: bool = Fa
             f"{path} is no {option[2:]}: it holds no {config}; give a folder that save_pretrained wrote with {option}."
         )
     try:
-        json.loads((folder / config).read_text(encoding="utf-8"))
+        values = json.loads((folder / config).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("no object")
     except (OSError, ValueError):
         raise UserError(f"{path} is no {option[2:]}: its {config} cannot be read as JSON.") from None
     if any(any(folder.glob(pattern)) for pattern in weights):
@@ -105,7 +107,6 @@ def check_model_path(path: str, option: str = "--model", allow_pickle: bool = Fa
 
 def load_model(path: str, dtype: Any, *, adapter: str | None = None, allow_pickle: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer, from local files or by name; with `adapter`, a PEFT adapter on top."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -113,7 +114,7 @@ def load_model(path: str, dtype: Any, *, adapter: str | None = None, allow_pickl
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # whatever a malformed file makes its reader raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be loaded as a model: {reason}") from error
     if info["missing_keys"]:

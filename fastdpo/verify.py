@@ -42,13 +42,14 @@ def choose_packing(model: Any, wanted: str, attention_backend: str = "auto") -> 
     """The wanted packing, verified; for "auto", the first one that gives this model's own log-probs.
 
     Raises:
-        UserError: as `verify_packing`; for "auto", where none suits.
+        UserError: as `verify_packing`; for "auto", where none suits, or none that the named backend serves.
     """
     if wanted != "auto":
         ensure_verified(model, wanted, attention_backend)
         return wanted
     refusals: list[str] = []
-    for packing in PACKINGS:
+    # Padded rows run in the model's own attention, so whoever names a backend wants one of the others.
+    for packing in PACKINGS if attention_backend == "auto" else PACKINGS[:2]:
         try:
             ensure_verified(model, packing, attention_backend)
         except UserError as error:

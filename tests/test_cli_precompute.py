@@ -276,7 +276,8 @@ def test_pickled_weights_only_on_request(run, tmp_path, model_folder):
         ({"sums_only": "perhaps"}, "neither true nor false"),
         ({"max_tokens": "0"}, "must be above 0"),
         ({"batch_size": "some"}, "must be above 0"),
-        ({"packing": "prefix", "attention_backend": "nothing"}, "nothing"),
+        ({"attention_backend": "nothing"}, "attention_backend is 'nothing'"),
+        ({"columns": "/proc/none/x.jsonl"}, "--columns"),
         ({"colour": "red"}, "does not know --colour"),
         ({"rows": [{"prompt_ids": 5, "chosen_ids": [2], "rejected_ids": [3]}]}, "row 1: 'prompt_ids' must be a list"),
         ({"dataset": "-", "columns": "x.jsonl"}, "standard input comes once"),
@@ -288,6 +289,23 @@ def test_mistakes(run, tmp_path, changes, problem):
     assert code == 2
     assert problem in err and "Traceback" not in err
     assert not list(tmp_path.rglob("shard-*"))
+
+
+def test_a_pipe_is_for_one_process(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(dataset="-")
+    assert code == 2 and "2 processes would each get some rows of standard input" in err
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"model_type": "llama", "vocab_size": "abc"}'])
+def test_malformed_models(run, tmp_path, model_folder, text):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in Path(model_folder).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text(text)
+    code, _, err = run(model=str(folder))
+    assert code == 2 and "Traceback" not in err and err.splitlines()[-1].startswith(f"fastdpo: {folder}")
 
 
 def test_an_output_that_cannot_be_one(run, tmp_path):

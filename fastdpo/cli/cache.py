@@ -113,14 +113,17 @@ def _list(as_json: bool) -> None:
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     from fastdpo.reference.maintain import verify
 
-    if bool(options.model) != bool(options.dataset):
+    if bool(options.model) != bool(options.dataset) or (options.adapter and not options.model):
         raise UserError("to compare with the model, give both --model and --dataset.")
+    if options.model:
+        check_model(options)
     report = verify(options.cache, options.repair)
     for name, what in report.bad.items():
         print(f"{name}: {what}" + (f"; {report.repaired[name]}" if name in report.repaired else ""))
     verdict = "sound" if report.sound else f"{_count(len(report.bad), 'file')} not sound"
     print(f"{report.path}: {_count(report.shards, 'shard')}, {_count(report.sequences, 'sequence')}: {verdict}")
-    return int(not report.sound or (bool(options.model) and not _agrees(options)))
+    agrees = _agrees(options) if options.model else True
+    return int(not (report.sound and agrees))
 
 
 def _agrees(options: argparse.Namespace) -> bool:
@@ -128,7 +131,6 @@ def _agrees(options: argparse.Namespace) -> bool:
     from fastdpo.reference import ReferenceCache
     from fastdpo.reference.recheck import recheck
 
-    check_model(options)
     rows = open_rows(options.dataset, split=options.split, streaming=options.streaming)
     reference = load_reference(options)
     found = recheck(

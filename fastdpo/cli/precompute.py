@@ -9,7 +9,6 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from fastdpo.cli.arguments import count, flag, shard
 from fastdpo.cli.reference_model import add_data_arguments, add_model_arguments, check_model, load_reference
 from fastdpo.types import UserError
 
-_PATIENCE = timedelta(days=30)  # processes that are done wait for the slowest
 _EPILOG = """\
 What is in the folder already is not computed again: the command may be killed and given again, with more rows, fewer
 rows, or rows in another order. Then: fastdpo train --ref_logps DIR, or DPOConfig(ref_logps="DIR").
@@ -53,7 +51,8 @@ def add_commands(commands: Any) -> None:
     add("--max_tokens", type=count, metavar="N", help="tokens a forward pass; default by device")
     add("--batch_size", type=count, metavar="N", help="prompts a forward pass at most")
     add("--packing", default="auto", choices=("auto", "prefix", "varlen", "padded"), help="default auto")
-    add("--attention_backend", default="auto", metavar="NAME", help="default auto")
+    add("--attention_backend", default="auto", metavar="NAME",
+        help="auto, flash_attn, torch_varlen, flex or sdpa (default auto)")  # fmt: skip
     parser.set_defaults(run=_precompute, takes_config=False, prog=parser.prog)
 
 
@@ -71,13 +70,15 @@ def _precompute(options: argparse.Namespace, rest: list[str]) -> None:
     if options.output and not Path(options.output, MANIFEST).exists():  # one that is there may have all that is wanted
         check_output_dir(options.output, "--output")
     rows = open_rows(options.dataset, split=options.split, streaming=options.streaming)
-    if rows.stream and options.columns:
-        raise UserError(
-            f"--columns reads the rows a second time, and {rows.name} comes once; write it to a file first."
-        )
+    if rows.once and options.columns:
+        raise UserError(f"--columns reads the rows twice, and {rows.name} comes once; write it to a file first.")
     index, slices = options.shard
     if slices > 1 and options.columns:
         raise UserError("--columns needs what all slices compute; merge their folders, and give it without --shard.")
+    if world > 1 and rows.once:
+        raise UserError(f"{world} processes would each get some rows of {rows.name}; write it to a file and give that.")
+    if options.columns:
+        check_output_dir(Path(options.columns).parent, "--columns")
     num_rows = rows.check()
     reference = load_reference(options)
     cache = ReferenceCache(
@@ -116,13 +117,17 @@ def _wait_for_all(filled: Any) -> Any:
     """What all processes together did. They wait for each other here, and nowhere else."""
     import torch.distributed as dist
 
-    from fastdpo.trainer.passes import HostCounts
+    from fastdpo.trainer.passes import PATIENCE, HostCounts
 
-    dist.init_process_group("gloo", timeout=_PATIENCE)
-    everyone = HostCounts().gather([filled.sequences, filled.found, filled.computed, filled.tokens])
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    own = [filled.sequences, filled.found, filled.computed, filled.tokens, round(filled.seconds * 1000)]
+    everyone = HostCounts().gather(own)
     dist.destroy_process_group()
-    sequences, found, computed, tokens = map(sum, zip(*everyone, strict=True))
-    return replace(filled, sequences=sequences, found=found, computed=computed, tokens=tokens)
+    *counts, milliseconds = zip(*everyone, strict=True)
+    sequences, found, computed, tokens = map(sum, counts)
+    return replace(
+        filled, sequences=sequences, found=found, computed=computed, tokens=tokens, seconds=max(milliseconds) / 1000
+    )
 
 
 def _write_columns(options: argparse.Namespace, rows: Any, cache: Any, tokenizer: Any) -> None:

@@ -61,7 +61,8 @@ def load_reference(options: argparse.Namespace) -> Reference:
         options.model, options.dtype, adapter=options.adapter, allow_pickle=options.allow_pickle
     )
     if torch.cuda.is_available():
-        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        model.to("cuda")
     autocast_dtype = torch.bfloat16 if _bf16(options) else None
     return Reference(model, tokenizer, autocast_dtype, model_fingerprint(model, autocast_dtype))
 

@@ -70,6 +70,11 @@ class RowSource:
         if empty:
             raise self._no_rows()
 
+    @property
+    def once(self) -> bool:
+        """Whether the rows are gone when they have been read: those of a pipe."""
+        return any(isinstance(part, _Pipe) for part in self.parts)
+
     def check(self) -> int | None:
         """Reads a source that is no stream through once; the number of its rows, and None of a stream.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastdpo.data.validate import common_prefix_length, is_chat, is_tokenized
-from fastdpo.types import UserError
+from fastdpo.types import DataError, UserError
 
 
 def tokenize_row(row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
@@ -38,6 +38,21 @@ def tokenize_row(row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]
             whole.append(ids)
     shared = min(common_prefix_length(prompt_ids, ids) for ids in whole)
     return {"prompt_ids": prompt_ids[:shared], "chosen_ids": whole[0][shared:], "rejected_ids": whole[1][shared:]}
+
+
+def tokenized(row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, list[int]]:
+    """`tokenize_row`, where whatever the tokenizer or its chat template cannot take is told with the row.
+
+    Raises:
+        DataError: that.
+    """
+    try:
+        return tokenize_row(row, tokenizer)
+    except UserError:
+        raise
+    except Exception as error:  # templates raise what they like, tokenizers TypeError, tools JSONDecodeError
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{where}: it cannot be tokenized ({what}); mend the row or remove it.") from error
 
 
 def _parts(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:

@@ -100,9 +100,7 @@ class ReferenceCache:
         self._agreed = manifest is not None  # with the manifest of the folder
         if manifest is not None:
             self.kind = manifest.kind
-            self._check_fingerprint(fingerprint)
-            if per_token and not self.per_token:
-                raise self._sums_only()
+            self.require(fingerprint, per_token)
         elif fingerprint is not None:
             self.kind = Kind(per_token is not False, dict(fingerprint))
         self.reload()
@@ -125,6 +123,16 @@ class ReferenceCache:
     def __getitem__(self, key: bytes) -> np.ndarray:
         """The log-probs (completion tokens,) float32, read from disk."""
         return self.logps([key])[0]
+
+    def require(self, fingerprint: Mapping[str, str] | None, per_token: bool | None = None) -> None:
+        """Nothing, where the values are of this model (None: of any) and are kept as asked for.
+
+        Raises:
+            UserError: what differs.
+        """
+        self._check_fingerprint(fingerprint)
+        if per_token and not self.per_token:
+            raise self._sums_only()
 
     def lookup(self, keys: np.ndarray | Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Found (n,) bool, sums (n,) float64 and tokens (n,) int32; NaN and 0 where not found. No file is read.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ from fastdpo.data.validate import REF_COLUMNS
 from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache
 from fastdpo.reference.fingerprint import sequence_key
+from fastdpo.reference.index import KEY_BYTES
 from fastdpo.reference.work import Reader, token_rows
 from fastdpo.types import DataError, UserError
 
@@ -80,7 +83,7 @@ def import_columns(
             yield row
 
     keys, tokens = row_keys(rows(), max_length, truncation_mode, tokenizer)
-    keys, first = np.unique(keys.reshape(-1, 16), axis=0, return_index=True)
+    keys, first = np.unique(keys.reshape(-1, KEY_BYTES), axis=0, return_index=True)
     new = ~cache.lookup(keys)[0]
     if new.any():
         cache.add_sums(keys[new], tokens.reshape(-1)[first][new], np.array(sums).reshape(-1)[first][new])
@@ -92,12 +95,12 @@ def row_keys(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys (rows, 2, 16) uint8 and scored tokens (rows, 2) of the chosen and the rejected answer of each row."""
     reader = Reader(PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode), tokenizer)
-    keys, tokens = bytearray(), []
+    keys, tokens = bytearray(), array("q")
     for number, row in enumerate(token_rows(dataset)):
         for prompt, completion in reader.sequences(row, number):
             keys += sequence_key(prompt, completion)
             tokens.append(max(0, len(completion) - (not len(prompt))))  # nothing predicts the very first token
-    return np.frombuffer(bytes(keys), np.uint8).reshape(-1, 2, 16), np.array(tokens, np.int64).reshape(-1, 2)
+    return np.frombuffer(bytes(keys), np.uint8).reshape(-1, 2, KEY_BYTES), np.array(tokens, np.int64).reshape(-1, 2)
 
 
 def _length_desensitized(
@@ -115,7 +118,7 @@ def _length_desensitized(
 
 def _sum(row: Mapping[str, Any], name: str, number: int) -> float:
     value = row.get(name)
-    if not isinstance(value, int | float) or not np.isfinite(value):
+    if not isinstance(value, numbers.Real) or not np.isfinite(float(value)):
         raise DataError(
             f"row {number} of the data set (counted from 0): {name!r} is {value!r}; it must be the sum of the answer's "
             "log-probs, a finite number."

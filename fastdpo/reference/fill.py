@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdpo.attention import BACKENDS
 from fastdpo.device import freed_memory_kept
 from fastdpo.models import causal_lm, evaluating, position_limit
 from fastdpo.packing import PreferenceCollator
@@ -63,8 +64,10 @@ def precompute(
         UserError: a cache of another model, dtype or format; a row that cannot be used; log-probs that are no numbers;
             a folder that cannot be written. What was computed before is kept.
     """
-    if not isinstance(cache, ReferenceCache):
-        fingerprint = model_fingerprint(model, autocast_dtype)
+    fingerprint = model_fingerprint(model, autocast_dtype)
+    if isinstance(cache, ReferenceCache):
+        cache.require(fingerprint, per_token)
+    else:
         folder = cache if cache is not None else default_cache_dir(fingerprint)
         cache = ReferenceCache(folder, fingerprint, per_token=per_token, about=about(model))
     fill_cache(model, dataset, cache, autocast_dtype=autocast_dtype, **options)
@@ -89,7 +92,7 @@ def fill_cache(
     num_rows: int | None = None,
     progress: bool = True,
 ) -> Filled:
-    """Adds to `cache` what it lacks of `dataset` under `model`; says what that was.
+    """Adds to `cache`, which must be one of this model's, what it lacks of `dataset`; says what that was.
 
     Killed at any moment, it loses the shard in flight (16 passes, a minute at most); run again, it computes what is
     missing, to the same bits. Several processes may fill one folder; each does best with a slice of its own.
@@ -110,6 +113,8 @@ def fill_cache(
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be above 0, or None.")
+    if attention_backend not in ("auto", *BACKENDS):
+        raise UserError(f"attention_backend is {attention_backend!r}; it must be auto, {', '.join(BACKENDS)}.")
     inner = causal_lm(model)
     device = scoring_device(model)
     reader = Reader(
@@ -129,6 +134,7 @@ def fill_cache(
     with (
         FillBar(num_rows or _length(dataset), filled, progress) as bar,
         evaluating(model),
+        _current(device),
         freed_memory_kept(device),
         _ShardWriter(cache) as shard,
     ):
@@ -183,13 +189,13 @@ class _Scorer:
         """Each pass with the log-probs of its completions, float32 on the host, but for what `cache` holds by then.
 
         Raises:
-            UserError: the model gives NaN for a completion; which one, after what came before it.
+            UserError: the model gives NaN or -inf for a completion; which one, after what came before it.
         """
         if not prompts:
             return
         self.packing = choose_packing(self.model, self.packing, self.attention_backend)
         before: _Running | None = None
-        todo = passes(prompts, self.max_tokens, self.batch_size)
+        todo = passes(prompts, self.max_tokens, self.batch_size, self.packing)
         for work, scoring in _early(map(self._packed, todo), self.device):
             if cache.lookup(work.keys)[0].all():
                 continue  # another process has computed it in the meantime
@@ -205,7 +211,8 @@ class _Scorer:
     def _packed(self, work: Pass) -> tuple[Pass, ScoringBatch]:
         scoring = scoring_batch([(prompt.ids, ids) for prompt, ids in work.completions], self.packing)
         if self.device.type == "cuda":
-            scoring = replace(scoring, batch=scoring.batch.pin_memory())
+            with _current(self.device):  # in this thread, too
+                scoring = replace(scoring, batch=scoring.batch.pin_memory())
         return work, scoring
 
 
@@ -219,7 +226,7 @@ class _Running:
             host = torch.empty(logps.shape, dtype=logps.dtype, pin_memory=True)
             self._logps = host.copy_(logps, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(logps.device))
         else:
             self._logps = logps.cpu()
 
@@ -229,11 +236,12 @@ class _Running:
             self._arrived.synchronize()
         values = np.split(self._logps.numpy(), np.cumsum(self._counts)[:-1])
         for (prompt, completion), value in zip(self.work.completions, values, strict=True):
-            if np.isnan(value).any():
+            if not np.isfinite(value).all():
+                wrong = value[~np.isfinite(value)][0]
                 raise UserError(
-                    f"the reference gives NaN for row {prompt.row} of the data set (counted from 0), in a completion "
-                    f"of {len(completion)} tokens; check the model's weights, or load it in a dtype that does not "
-                    "overflow (bfloat16 or float32). What was computed before is kept."
+                    f"the reference gives a log-prob of {wrong:g} for row {prompt.row} of the data set (counted from "
+                    f"0), in a completion of {len(completion)} tokens; check the model's weights, or load it in a "
+                    "dtype that does not overflow (bfloat16 or float32). What was computed before is kept."
                 )
         return values
 
@@ -264,6 +272,11 @@ class _ShardWriter:
         self._cache.add(pending)
         self._cache.reload()  # what another process has added since
         self._began = time.perf_counter()
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Memory is pinned, and events are recorded, for the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _early(items: Iterable[T], device: torch.device) -> Iterator[T]:

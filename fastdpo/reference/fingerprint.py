@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdpo.models import causal_lm
+from fastdpo.models import causal_lm, unwrapped
 from fastdpo.types import UserError
 
 _CHUNK = 1 << 24  # elements that are hashed at a time
@@ -25,13 +25,14 @@ _GLANCE = 1 << 12  # elements that mostly tell whether a chunk holds values of b
 # generation looks at.
 _IRRELEVANT = re.compile(
     r"_name_or_path|transformers_version|architectures|auto_map|(torch_)?dtype|.*_token_ids?|.*dropout.*|.*pdrop|"
-    r"layerdrop|initializer_.*|init_std|init_device|use_cache|output_.*|return_dict|.*aux_loss_coef|.*jitter_noise|"
+    r"layerdrop|initializer_.*|init_std|init_device|use_cache|output_(attentions|hidden_states|router_logits|scores)|"
+    r"return_dict|.*aux_loss_coef|input_jitter_noise|"
     r"(id2label|label2id|problem_type|task_specific_params|num_labels|summary_.*|pretraining_tp|chunk_size_feed_forward)"
 )
 # The same of an adapter's config; which layers it sits on, its tensors' names say.
 _IRRELEVANT_TO_ADAPTER = re.compile(
     r"base_model_name_or_path|revision|inference_mode|task_type|auto_mapping|peft_version|.*dropout.*|init_.*|"
-    r".*_config|(target_modules|exclude_modules|modules_to_save|target_parameters|layers_to_transform|layers_pattern)"
+    r"bias|runtime_config|loftq_config|megatron_config|(target_modules|exclude_modules|modules_to_save|target_parameters|layers_to_transform|layers_pattern)"
 )
 
 
@@ -48,12 +49,13 @@ def model_fingerprint(model: Any, compute_dtype: torch.dtype | None = None) -> d
     Neither paths nor the tokenizer are part of it.
 
     Raises:
-        UserError: adapters that put tokens of their own before the prompt.
+        UserError: adapters that put tokens of their own before the prompt, or that are merged and switched off;
+            weights that are not in memory.
     """
     inner = causal_lm(model)
     _refuse_prompt_learning(model)
     parts = _Tensors(inner)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(_num_threads()) as threads:
         weights = _digest_tensors(parts.base, threads)
         adapter = _digest_tensors(parts.adapter, threads)
     config = getattr(inner, "config", None)
@@ -80,18 +82,14 @@ class _Tensors:
         self.adapter: dict[str, Tensor] = {}
         wrappers = dict(_adapter_wrappers(model))
         for name, tensor in model.state_dict().items():
-            path, wrapper = _owner(name, wrappers)
+            plain, wrapper, inside = _place(name, wrappers)
             if wrapper is None:
-                self.base[name] = tensor
-                continue
-            inside = name.removeprefix(f"{path}.").split(".")
-            if inside[0] in ("base_layer", "original_module"):
-                self.base[".".join([path, *inside[1:]])] = tensor
+                self.base[plain] = tensor
             elif not wrapper.disable_adapters:
                 on = [adapter for adapter in wrapper.active_adapters if adapter in inside]
                 if on:
                     inside.remove(on[0])  # what an adapter is called has no bearing
-                    self.adapter[".".join([path, str(wrapper.active_adapters.index(on[0])), *inside])] = tensor
+                    self.adapter[".".join([plain, str(wrapper.active_adapters.index(on[0])), *inside])] = tensor
 
 
 def _adapter_wrappers(model: Any) -> Iterator[tuple[str, Any]]:
@@ -103,26 +101,48 @@ def _adapter_wrappers(model: Any) -> Iterator[tuple[str, Any]]:
 
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            if getattr(module, "merged", False) and module.disable_adapters:
+                raise UserError(
+                    f"the adapter is merged into {name} and switched off, and will be taken out of it on the first "
+                    "pass; call unmerge_adapter() on the model before."
+                )
             yield name, module
 
 
-def _owner(name: str, wrappers: dict[str, Any]) -> tuple[str, Any]:
-    """The wrapper that a tensor belongs to, and where it stands."""
-    path = name
-    while wrappers and "." in path:
-        path = path.rpartition(".")[0]
-        if path in wrappers:
-            return path, wrappers[path]
-    return "", None
+# What of a wrapper is the module that it stands for.
+_WRAPPED = ("base_layer", "original_module", "token_adapter")
+
+
+def _place(name: str, wrappers: dict[str, Any]) -> tuple[str, Any, list[str]]:
+    """The name that a tensor has without adapters; or that of its layer, the wrapper it is of, and its place there."""
+    parts, plain = name.split("."), []
+    for number, part in enumerate(parts):
+        wrapper = wrappers.get(".".join(parts[:number]))
+        if wrapper is None:
+            plain.append(part)
+        elif part not in _WRAPPED:
+            return ".".join(plain), wrapper, parts[number:]
+    return ".".join(plain), None, []
 
 
 def _adapter_config(model: Any) -> str:
-    """What the configs of the adapters in use say of the forward pass, r and alpha for instance."""
-    configs = [model.peft_config[adapter] for adapter in model.active_adapters] if hasattr(model, "peft_config") else []
-    return "".join(_relevant(config.to_dict(), _IRRELEVANT_TO_ADAPTER) for config in configs)
+    """What the configs of the adapters in use say of the forward pass, r and alpha for instance; no defaults."""
+    model = unwrapped(model)
+    if not hasattr(model, "peft_config"):
+        return ""
+    names = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    texts = []
+    for config in (model.peft_config[name] for name in names):
+        defaults = type(config)().to_dict()
+        values = {
+            k: v for k, v in config.to_dict().items() if k == "peft_type" or k not in defaults or v != defaults[k]
+        }
+        texts.append(_relevant(values, _IRRELEVANT_TO_ADAPTER))
+    return "".join(texts)
 
 
 def _refuse_prompt_learning(model: Any) -> None:
+    model = unwrapped(model)
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning and not getattr(model, "_adapters_disabled", False):
         raise UserError(
@@ -164,8 +184,19 @@ def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _num_threads() -> int:
+    """Few: hashing is as fast as memory with some, and every one holds chunks."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def _digest_tensors(tensors: dict[str, Tensor], threads: ThreadPoolExecutor) -> str:
     """One hash of names, shapes and values."""
+    absent = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if absent:
+        raise UserError(
+            f"the weights of {absent[0]} are not in memory (device_map has put them elsewhere); "
+            "load the reference whole, on one device."
+        )
     chunks = [
         (name, tuple(tensor.shape), chunk)
         for name, tensor in sorted(tensors.items())
@@ -177,17 +208,16 @@ def _digest_tensors(tensors: dict[str, Tensor], threads: ThreadPoolExecutor) -> 
 
 def _digest_values(values: Tensor) -> str:
     """Of a flat tensor. Values that bfloat16 holds exactly are hashed as such, in whichever dtype they are stored."""
-    values = values.cpu()
     kind = _name(values.dtype)
-    if values.dtype in (torch.float16, torch.float32):
-        bits, kind = values.float().view(torch.int32), "float32"
+    if values.dtype == torch.float16:
+        values = values.float()  # exact
+    # From here on NumPy: PyTorch would start threads of its own in each of ours.
+    data = values.cpu().contiguous().view(torch.uint8).numpy() if values.numel() else np.empty(0, np.uint8)
+    if values.dtype == torch.float32:
+        bits, kind = data.view(np.uint32), "float32"
         if not (bits[:_GLANCE] & 0xFFFF).any() and not (bits & 0xFFFF).any():
-            bits, kind = (bits >> 16).to(torch.int16), "bfloat16"
-        values = bits
-    digest = hashlib.sha256()  # processors have instructions for it
-    if values.numel():
-        digest.update(values.contiguous().view(torch.uint8).numpy().data)
-    return f"{kind} {digest.hexdigest()}"
+            data, kind = (bits >> 16).astype(np.uint16), "bfloat16"
+    return f"{kind} {hashlib.sha256(data.data).hexdigest()}"  # processors have instructions for it
 
 
 def _hash(*lines: str) -> str:

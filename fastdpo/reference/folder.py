@@ -173,6 +173,8 @@ def set_aside(path: Path) -> str:
     aside = path.with_name(path.name + DAMAGED)
     try:
         os.replace(path, aside)
+    except FileNotFoundError:
+        return "another process has set it aside"
     except OSError as error:
         return f"it could not be set aside ({error.strerror or error}): delete it"
     return f"it was set aside as {aside.name}"

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from fastdpo.models import causal_lm, evaluating
 from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache
-from fastdpo.reference.fingerprint import sequence_key
+from fastdpo.reference.fingerprint import model_fingerprint, sequence_key
 from fastdpo.reference.work import Reader, token_rows
 from fastdpo.types import UserError
 from fastdpo.verify import own_logps
@@ -22,6 +22,8 @@ from fastdpo.verify import own_logps
 # How far a sum may lie from the model's own, in nats a token, by the dtype of the arithmetic: many times the rounding,
 # and far below what another model would make of it.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+# And what rounding two logits alone may make of an answer of one token: logits of 32 are 1/4 apart in bfloat16.
+_LOGIT = {torch.float16: 3e-2, torch.bfloat16: 2.5e-1}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Recheck:
     """What the comparison of some sequences gave."""
 
     sequences: int
-    largest: float  # difference of a sum, in nats a token
+    largest: float  # difference of a sum, in nats a token, but for what the rounding of logits makes of it
     row: int  # in which it was, counted from 0
     tolerance: float
 
@@ -55,6 +57,7 @@ def recheck(
     Raises:
         UserError: the cache holds no row of the data set, or belongs to another model.
     """
+    cache.require(model_fingerprint(model, autocast_dtype))
     reader = Reader(PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode), tokenizer)
     drawn = _drawn(dataset, reader, cache, rows, random.Random(seed))
     if not drawn:
@@ -68,7 +71,7 @@ def recheck(
             _, sums, tokens = cache.lookup([sequence_key(*sequence) for sequence in sequences])
             for (prompt, completion), held, count in zip(sequences, sums, tokens, strict=True):
                 own = float(own_logps(model, prompt, completion).double().sum())
-                off = abs(own - float(held)) / max(1, int(count))
+                off = max(0.0, abs(own - float(held)) - _LOGIT.get(dtype, 0.0)) / max(1, int(count))
                 worst = max(worst, (off if off == off else float("inf"), number))
     return Recheck(2 * len(drawn), *worst, _TOLERANCE.get(dtype, 1e-4))
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastdpo.data import tokenize_row
+from fastdpo.data.tokenize import tokenized
 from fastdpo.data.validate import TOKENIZED, common_prefix_length, is_tokenized, row_problem
 from fastdpo.models import PositionLimit
 from fastdpo.packing import PreferenceCollator
@@ -42,7 +42,7 @@ class Prompt:
 
     @property
     def tokens(self) -> int:
-        """That the backbone runs for it."""
+        """Each once."""
         return len(self.ids) + sum(map(len, self.completions.values()))
 
     def part(self, keys: Iterable[bytes]) -> Prompt:
@@ -106,6 +106,7 @@ class Reader:
         while failure is None:
             try:
                 number, row = next(numbered)
+                row = self._checked(row, number)
                 if self.num_shards == 1 or content_slice(row, self.num_shards) == self.shard_index:
                     tokens += self._take(row, number, prompts)
                 rows += 1
@@ -127,15 +128,21 @@ class Reader:
         Raises:
             DataError: the row cannot be used; its number and the remedy.
         """
-        both = self.collator.sequences(self._tokenized(row, number))
+        return self._sequences(self._checked(row, number), number)
+
+    def _sequences(self, row: Mapping[str, Any], number: int) -> tuple[PromptCompletion, PromptCompletion]:
+        """Of a row that is checked."""
+        if not is_tokenized(row):
+            row = self._checked(tokenized(row, self.tokenizer, _where(number)), number)
+        both = self.collator.sequences(row)
         for prompt, completion in both:
             self._check_length(len(prompt) + len(completion), number)
         return both
 
     def _take(self, row: Mapping[str, Any], number: int, prompts: dict[bytes, Prompt]) -> int:
-        """Adds the sequences of a row; returns its tokens."""
+        """Adds the sequences of a row that is checked; returns its tokens."""
         tokens = 0
-        for prompt, completion in self.sequences(row, number):
+        for prompt, completion in self._sequences(row, number):
             key, prompt_key = sequence_key(prompt, completion), sequence_key(prompt, ())
             if prompt_key not in prompts:
                 # Copies: a slice would keep the whole table alive that it was read from.
@@ -144,29 +151,34 @@ class Reader:
             tokens += len(prompt) + len(completion)
         return tokens
 
-    def _tokenized(self, row: Mapping[str, Any], number: int) -> dict[str, np.ndarray]:
-        if not is_tokenized(row):
-            row = {name: value for name, value in row.items() if value is not None}
-            problem = row_problem(row)
-            if problem is None and self.tokenizer is None:
-                problem = "it holds text, not token ids; pass the tokenizer."
-            if problem is not None:
-                raise DataError(f"row {number} of the data set (counted from 0): {problem}")
-            row = tokenize_row(row, self.tokenizer)
-        return {name: self._ids(row, name, number) for name in TOKENIZED}
+    def _checked(self, row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        """Rows of token ids as arrays; rows of text as they are, without fields that are None."""
+        if is_tokenized(row):
+            return {name: self._ids(row, name, number) for name in TOKENIZED}
+        row = {name: value for name, value in row.items() if value is not None}
+        problem = row_problem(row)
+        if problem is None and self.tokenizer is None:
+            problem = "it holds text, not token ids; pass the tokenizer."
+        if problem is not None:
+            raise DataError(f"{_where(number)}: {problem}")
+        return row
 
     def _ids(self, row: Mapping[str, Any], name: str, number: int) -> np.ndarray:
-        where = f"row {number} of the data set (counted from 0)"
         if row.get(name) is None:
-            raise DataError(f"{where}: the field {name!r} is missing; tokenized rows need {', '.join(TOKENIZED)}.")
-        ids = np.asarray(row[name])
+            raise DataError(
+                f"{_where(number)}: the field {name!r} is missing; tokenized rows need {', '.join(TOKENIZED)}."
+            )
+        try:
+            ids = np.asarray(row[name])
+        except ValueError:  # lists of unequal lengths in it
+            ids = np.empty((0, 0))
         if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-            raise DataError(f"{where}: {name!r} must be a list of token ids (integers from 0).")
+            raise DataError(f"{_where(number)}: {name!r} must be a list of token ids (integers from 0).")
         if self.num_tokens is not None and len(ids) and not (ids.min() >= 0 and ids.max() < self.num_tokens):
             wrong = int(ids.min() if ids.min() < 0 else ids.max())
             raise DataError(
-                f"{where}: {name!r} holds the id {wrong}, and the model knows {self.num_tokens} tokens, counted from "
-                "0; tokenize with the tokenizer of this model."
+                f"{_where(number)}: {name!r} holds the id {wrong}, and the model knows {self.num_tokens} tokens, "
+                "counted from 0; tokenize with the tokenizer of this model."
             )
         return ids.astype(np.int64, copy=False)
 
@@ -176,6 +188,10 @@ class Reader:
                 f"row {number} of the data set (counted from 0) has {length} tokens, and the model has "
                 f"{self.limit.why}; set max_length={self.limit.tokens} to cut such rows, or leave them out."
             )
+
+
+def _where(number: int) -> str:
+    return f"row {number} of the data set (counted from 0)"
 
 
 def token_rows(dataset: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -223,38 +239,67 @@ def _without_none(value: Any) -> Any:
     return [_without_none(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def passes(prompts: Sequence[Prompt], budget: int, batch_size: int | None = None) -> Iterator[Pass]:
+def passes(
+    prompts: Sequence[Prompt], budget: int, batch_size: int | None = None, packing: str = "prefix"
+) -> Iterator[Pass]:
     """Prompts of like length with their completions, as many a pass as `budget` holds tokens; the longest first.
 
     What is left of the prompts when some passes are done gives the passes that were left: a run that is broken off and
     begun again computes the same numbers, to the last bit.
     """
-    parts = [part for prompt in prompts for part in _parts(prompt, budget)]
-    parts.sort(key=lambda part: (-part.tokens, next(iter(part.completions))))
+    parts = [part for prompt in prompts for part in _parts(prompt, budget, packing)]
+    parts.sort(key=lambda part: (-_Load(packing).with_prompt(part).tokens, next(iter(part.completions))))
     taken: list[Prompt] = []
-    tokens = 0
+    load = _Load(packing)
     for part in parts:
-        if taken and (tokens + part.tokens > budget or len(taken) == batch_size):
+        more = load.with_prompt(part)
+        if taken and (more.tokens > budget or len(taken) == batch_size):
             yield Pass(tuple(taken))
-            taken, tokens = [], 0
+            taken, more = [], _Load(packing).with_prompt(part)
         taken.append(part)
-        tokens += part.tokens
+        load = more
     if taken:
         yield Pass(tuple(taken))
 
 
-def _parts(prompt: Prompt, budget: int) -> Iterator[Prompt]:
+def _parts(prompt: Prompt, budget: int, packing: str) -> Iterator[Prompt]:
     """The prompt, again for every few of its completions where all of them together would not fit."""
     keys: list[bytes] = []
-    tokens = len(prompt.ids)
+    load = _Load(packing)
     for key, completion in sorted(prompt.completions.items(), key=lambda item: (-len(item[1]), item[0])):
-        if keys and tokens + len(completion) > budget:
+        more = load.with_completion(len(prompt.ids), len(completion), first=not keys)
+        if keys and more.tokens > budget:
             yield prompt.part(keys)
-            keys, tokens = [], len(prompt.ids)
+            keys, more = [], _Load(packing).with_completion(len(prompt.ids), len(completion), first=True)
         keys.append(key)
-        tokens += len(completion)
+        load = more
     if keys:
         yield prompt.part(keys)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """The tokens that the backbone runs in a pass: a prompt's once with "prefix", else for every completion of it; in
+    "padded" rows, each as long as the longest."""
+
+    packing: str
+    packed: int = 0
+    rows: int = 0
+    longest: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.longest if self.packing == "padded" else self.packed
+
+    def with_completion(self, prompt: int, completion: int, first: bool) -> _Load:
+        packed = self.packed + completion + (prompt if first or self.packing != "prefix" else 0)
+        return _Load(self.packing, packed, self.rows + 1, max(self.longest, prompt + completion))
+
+    def with_prompt(self, prompt: Prompt) -> _Load:
+        load = self
+        for number, completion in enumerate(prompt.completions.values()):
+            load = load.with_completion(len(prompt.ids), len(completion), first=number == 0)
+        return load
 
 
 def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:

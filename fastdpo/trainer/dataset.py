@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from fastdpo.data import tokenize_row
+from fastdpo.data.tokenize import tokenized
 from fastdpo.data.validate import REF_COLUMNS, row_problem
 from fastdpo.models import PositionLimit
 from fastdpo.types import DataError
@@ -30,6 +32,8 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> An
         dataset = _from_list(dataset, tokenizer, name, progress=not args.disable_tqdm)
     else:
         dataset = _from_dataset(dataset, tokenizer, name, args.dataset_num_proc)
+    if isinstance(dataset, Dataset):
+        _check_references(dataset, name)
     if args.max_length is None or args.truncation_mode != "keep_start":
         return dataset
 
@@ -74,11 +78,33 @@ def _from_dataset(dataset: Any, tokenizer: Any, name: str, num_proc: int | None)
 
 def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str) -> dict[str, Any]:
     row = {key: value for key, value in row.items() if value is not None}  # tables fill missing fields with None
+    where = f"{name} data set, row {number} (counted from 0)"
     problem = row_problem(row)
     if problem is not None:
-        raise DataError(f"{name} data set, row {number} (counted from 0): {problem}")
-    references = {key: row[key] for key in REF_COLUMNS if key in row}
-    return {**tokenize_row(row, tokenizer), **references}
+        raise DataError(f"{where}: {problem}")
+    return {**tokenized(row, tokenizer, where), **_references(row, where)}
+
+
+def _references(row: dict[str, Any], where: str) -> dict[str, float]:
+    """The columns of reference log-probs, where the row has them."""
+    given = {name: row[name] for name in REF_COLUMNS if name in row}
+    if len(given) == 1:
+        raise DataError(f"{where}: it has {next(iter(given))} but not the other of {', '.join(REF_COLUMNS)}; add it.")
+    for name, value in given.items():
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise DataError(f"{where}: {name!r} is {value!r}; it must be a sum of log-probs, a finite number.")
+    return given
+
+
+def _check_references(dataset: Dataset, name: str) -> None:
+    """All rows have them, or none: a table fills what is missing with None."""
+    given = [column for column in REF_COLUMNS if column in dataset.column_names]
+    lacking = sum(table[column].null_count for column in given for table in dataset.with_format("arrow").iter(10_000))
+    if lacking:
+        raise DataError(
+            f"{lacking // len(given)} of {len(dataset)} rows of the {name} data set have no {', '.join(REF_COLUMNS)}, "
+            "and the others have; add them or drop the columns."
+        )
 
 
 def token_counts(dataset: Dataset) -> np.ndarray:

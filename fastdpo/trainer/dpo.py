@@ -43,7 +43,7 @@ from fastdpo.trainer.config import DPOConfig
 from fastdpo.trainer.dataset import check_lengths, prepare_dataset
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.order import pair_sampler
-from fastdpo.trainer.passes import HostCounts, agree, passes_of, without_exchange
+from fastdpo.trainer.passes import PATIENCE, HostCounts, agree, passes_of, without_exchange
 from fastdpo.trainer.reference import has_reference, with_reference
 from fastdpo.types import LossOutput, UserError
 from fastdpo.verify import choose_packing
@@ -137,7 +137,7 @@ class DPOTrainer(Trainer):
         self._throughput = Throughput(args.device)
         self._step_flops = StepFlops.of(inner)
         self._router_aux_loss_coef = _router_aux_loss_coef(inner, args)
-        self._host_counts = HostCounts()
+        self._host_counts, self._patient_counts = HostCounts(), HostCounts(PATIENCE)
         limit = position_limit(inner)
         for name, dataset in self._named_datasets():
             check_lengths(dataset, limit, args, name=name)
@@ -174,12 +174,28 @@ class DPOTrainer(Trainer):
             elif self.eval_dataset is not None:
                 self.eval_dataset = self._with_reference(self.eval_dataset)
             return
-        if all(has_reference(dataset) for _, dataset in self._named_datasets()):
+        if self.ref_model is None and all(has_reference(dataset) for _, dataset in self._named_datasets()):
             return
         if self.ref_model is None and not self._adapters_are_the_policy:
             self.ref_model = copy.deepcopy(self.model)
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval().to(self.args.device)
+
+    def _check_reference_is_left(self) -> None:
+        """For a data set that comes later."""
+        if self.ref_model is not None or self._adapters_are_the_policy:
+            return
+        if self._ref_cache is None:
+            raise ValueError(
+                "this evaluation set has no ref_chosen_logps and ref_rejected_logps, as the other data sets do, and "
+                "there is no other reference; add the columns, or pass ref_model to the constructor."
+            )
+        if self.state.global_step:
+            raise ValueError(
+                "the reference of this new evaluation set cannot be computed any more: with "
+                "precompute_ref_log_probs=True and no ref_model, it was the policy before training; "
+                "pass the set to the constructor."
+            )
 
     def _named_datasets(self) -> list[tuple[str, Any]]:
         evals = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
@@ -195,6 +211,7 @@ class DPOTrainer(Trainer):
                 self._ref_cache,
                 self._reference,
                 self.args,
+                self._patient_counts,
                 packing=self.packing,
                 attention_backend=self.args.attention_backend,
                 autocast_dtype=self._autocast_dtype,
@@ -357,14 +374,10 @@ class DPOTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if eval_dataset is not None and not isinstance(eval_dataset, str | Mapping):
             eval_dataset = prepare_dataset(eval_dataset, self.processing_class, self.args, name="eval")
-            if self._ref_cache is not None and not has_reference(eval_dataset):
-                if self.state.global_step and self.ref_model is None and not self._adapters_are_the_policy:
-                    raise ValueError(
-                        "the reference of this new evaluation set cannot be computed any more: with "
-                        "precompute_ref_log_probs=True and no ref_model, it was the policy before training; "
-                        "pass the set to the constructor."
-                    )
-                eval_dataset = self._with_reference(eval_dataset)
+            if self._losses.needs_reference and not has_reference(eval_dataset):
+                self._check_reference_is_left()
+                if self._ref_cache is not None:
+                    eval_dataset = self._with_reference(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastdpo.packing import MicroBatches, PreferenceBatch
 
+PATIENCE = timedelta(days=30)  # with which processes that are done wait for the slowest, where that may take long
+
 
 class HostCounts:
     """Small integers of every process, exchanged on the host: the device is not waited for."""

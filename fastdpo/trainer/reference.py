@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,17 @@ from fastdpo.reference.columns import cached_columns, row_keys
 from fastdpo.reference.folder import SHARDS
 from fastdpo.trainer.passes import HostCounts
 
-_PATIENCE = timedelta(days=30)  # processes that are done wait for the slowest
-
 
 def has_reference(dataset: Any) -> bool:
-    return all(name in (dataset.column_names or ()) for name in REF_COLUMNS)
+    names = dataset.column_names
+    if names is None:  # a streamed data set learns its columns from its first row
+        names = list(next(iter(dataset), {}))
+    return all(name in names for name in REF_COLUMNS)
 
 
-def with_reference(dataset: Any, cache: ReferenceCache, model: Any, args: Any, **options: Any) -> Any:
+def with_reference(
+    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, **options: Any
+) -> Any:
     """The data set with `ref_chosen_logps` and `ref_rejected_logps`; `options` go to `fill_cache`.
 
     What the cache lacks is divided among the processes by content. They wait for each other at the end alone, and need
@@ -36,7 +38,6 @@ def with_reference(dataset: Any, cache: ReferenceCache, model: Any, args: Any, *
     cut = {"max_length": args.max_length, "truncation_mode": args.truncation_mode}
     show = args.process_index == 0 and not args.disable_tqdm
     options |= {**cut, "batch_size": args.precompute_ref_batch_size, "progress": show}
-    counts = HostCounts(_PATIENCE)
     if isinstance(dataset, IterableDataset):
         return _streamed(dataset, cache, model, args, counts, cut, options)
     keys, tokens = row_keys(dataset, **cut)
@@ -55,7 +56,7 @@ def with_reference(dataset: Any, cache: ReferenceCache, model: Any, args: Any, *
 def _streamed(
     dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, cut: Any, options: Any
 ) -> Any:
-    """Read once to fill the cache, and again with every epoch, when sums are looked up batch by batch."""
+    """Read to fill the cache, and again with every epoch, when sums are looked up batch by batch."""
     for index, number in _divisions(args):
         fill_cache(model, dataset, cache, shard_index=index, num_shards=number, **options)
         counts.gather([0])

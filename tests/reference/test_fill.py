@@ -336,7 +336,7 @@ def test_a_model_that_gives_nan_is_not_believed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         fill, "score", lambda model, batch, **o: original(model, batch, **o).where(batch.target_ids != 96, float("nan"))
     )
-    problem = r"gives NaN for row 7 of the data set \(counted from 0\), in a completion of 3 tokens"
+    problem = r"gives a log-prob of nan for row 7 of the data set \(counted from 0\), in a completion of 3 tokens"
     with pytest.raises(UserError, match=problem):
         precompute(model, rows, tmp_path / "c", max_tokens=1, progress=False)
     kept = contents(tmp_path / "c")
@@ -355,6 +355,7 @@ def test_a_model_that_gives_nan_is_not_believed(tmp_path, monkeypatch):
         ({"prompt_ids": [1.5], "chosen_ids": [2], "rejected_ids": [3]}, "row 1.*must be a list of token ids"),
         ({"prompt_ids": "ab", "chosen_ids": [2], "rejected_ids": [3]}, "row 1.*must be a list of token ids"),
         ({"prompt_ids": [1], "chosen_ids": [[2], [3]], "rejected_ids": [3]}, "row 1.*must be a list of token ids"),
+        ({"prompt_ids": [[1], [2, 3]], "chosen_ids": [2], "rejected_ids": [3]}, "row 1.*must be a list of token ids"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "row 1.*text, not token ids; pass the tokenizer"),
         ({"prompt": "a", "chosen": "b"}, "row 1.*'rejected' is missing"),
         ({"prompt_ids": [1] * 300, "chosen_ids": [2], "rejected_ids": [3]}, "row 1.*301 tokens, and the model has 256"),
@@ -414,3 +415,49 @@ def test_on_a_gpu(tmp_path, dtype, max_tokens):
     exact = naive_sequence_logps(model.cpu().float(), rows).view(2, -1)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(columns, exact.to(columns), rtol=tolerance, atol=10 * tolerance)
+
+
+def test_a_cache_of_another_model_is_not_filled(tmp_path):
+    rows = random_rows(4)
+    cache = precompute(tiny_model(), rows, tmp_path / "c", per_token=False, progress=False)
+    with pytest.raises(UserError, match="another reference model"):
+        precompute(tiny_model(seed=1), random_rows(4, seed=1), cache, progress=False)
+    with pytest.raises(UserError, match="only the sums"):
+        precompute(tiny_model(), rows, cache, per_token=True, progress=False)
+    assert len(cache) == 8
+
+
+@pytest.mark.parametrize("packing", ["prefix", "varlen", "padded"])
+def test_a_pass_runs_no_more_tokens_than_the_budget(tmp_path, packing, monkeypatch):
+    ran, original = [], fill.score
+
+    def score(model, batch, **options):
+        ran.append(batch.input_ids.numel())
+        return original(model, batch, **options)
+
+    monkeypatch.setattr(fill, "score", score)
+    rows = [{"prompt_ids": [3 + n % 5] * 60, "chosen_ids": [4 + n], "rejected_ids": [5 + n] * 9} for n in range(60)]
+    columns = pairs(rows, tmp_path / "c", model := tiny_model(), packing=packing, max_tokens=300)
+    assert max(ran) <= 300 and len(ran) < 60
+    torch.testing.assert_close(columns, naive_sequence_logps(model, rows).view(2, -1).to(columns), rtol=1e-5, atol=1e-4)
+
+
+def test_what_a_tokenizer_or_a_template_cannot_take_is_told_with_the_row(tmp_path):
+    tokenizer = word_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    chat = {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}],
+            "rejected": [{"role": "assistant", "content": "c"}]}  # fmt: skip
+    for row, problem in ((chat, "roles must alternate"), ({**TEXTS[0], "chosen": "x \ud83d"}, "cannot be tokenized")):
+        with pytest.raises(DataError, match=f"row 1 of the data set.*{problem}"):
+            precompute(tiny_model(), [TEXTS[0], row], tmp_path / "c", tokenizer=tokenizer, progress=False)
+    with pytest.raises(DataError, match="row 0 of the data set"):
+        precompute(tiny_model(), [{"prompt": "a", "chosen": 5, "rejected": "b"}], tmp_path / "c",
+                   tokenizer=tokenizer, num_shards=2, progress=False)  # fmt: skip
+
+
+def test_a_backend_that_is_named_serves_or_is_refused(tmp_path):
+    with pytest.raises(UserError, match="attention_backend is 'zzz'; it must be auto, flash_attn"):
+        precompute(tiny_model(), random_rows(2), tmp_path / "c", attention_backend="zzz", progress=False)
+    with pytest.raises(UserError, match="flash_attn"):
+        precompute(tiny_model(), random_rows(2), tmp_path / "c", attention_backend="flash_attn", progress=False)
+    assert len(precompute(tiny_model(), random_rows(2), tmp_path / "c", attention_backend="sdpa", progress=False)) == 4

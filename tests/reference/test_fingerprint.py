@@ -68,6 +68,7 @@ def test_a_large_tensor_is_hashed_in_parts(monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value", "counts"),
     [("rms_norm_eps", 1e-3, True), ("rope_parameters", {"rope_type": "default", "rope_theta": 99.0}, True),
+     ("output_logit_soft_cap", 3.0, True), ("router_jitter_noise", 0.3, True), ("output_attentions", False, False),
      ("attention_dropout", 0.5, False), ("pad_token_id", 7, False), ("initializer_range", 0.5, False)],
 )  # fmt: skip
 def test_fields_of_the_config(field, value, counts):
@@ -89,6 +90,13 @@ def test_values_count_and_not_the_dtype_that_they_are_stored_in():
     half = tiny_model().half()
     assert differing(model_fingerprint(half), model_fingerprint(copy.deepcopy(half).float())) == {"dtype"}
     assert model_fingerprint(tiny_model(dtype=torch.float64))["dtype"] == "float64"
+
+
+def test_weights_that_are_elsewhere():
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.to("meta")
+    with pytest.raises(UserError, match=r"mlp.up_proj.weight are not in memory"):
+        model_fingerprint(model)
 
 
 class TestAdapters:
@@ -123,6 +131,34 @@ class TestAdapters:
         with torch.no_grad():
             model.base_model.model.lm_head.modules_to_save["default"].weight[3, 3] += 1
         assert differing(model_fingerprint(model), saved) == {"adapter"}
+
+    def test_in_a_wrapper_and_loaded_by_transformers(self, peft):
+        class Wrapper(torch.nn.Module):
+            def __init__(self, module):
+                super().__init__()
+                self.module = module
+
+        for alpha in (8, 64):
+            model = self.wrapped(peft, lora_alpha=alpha)
+            assert model_fingerprint(Wrapper(model)) == model_fingerprint(model)
+        model = tiny_model()
+        torch.manual_seed(0)
+        model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"],
+                                          init_lora_weights=False))  # fmt: skip
+        assert model_fingerprint(model)["adapter"] not in ("none", None)
+
+    def test_trained_tokens_are_an_adapter(self, peft):
+        plain = model_fingerprint(tiny_model())
+        model = self.wrapped(peft, trainable_token_indices=[3, 4])
+        with model.disable_adapter():
+            assert model_fingerprint(model) == plain
+        assert differing(model_fingerprint(model), plain) == {"adapter"}
+
+    def test_merged_and_switched_off(self, peft):
+        model = self.wrapped(peft)
+        model.merge_adapter()
+        with model.disable_adapter(), pytest.raises(UserError, match="unmerge_adapter"):
+            model_fingerprint(model)
 
     def test_the_one_of_several_that_is_in_use(self, peft):
         model = self.wrapped(peft)

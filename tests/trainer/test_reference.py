@@ -170,3 +170,43 @@ def test_every_process_meets_the_others_as_often(monkeypatch, environment, divis
         local_process_index=environment.get("LOCAL_RANK", 0),
     )
     assert list(_divisions(args)) == divisions
+
+
+def test_a_later_set_without_columns_needs_a_reference(tmp_path):
+    rows = [dict(row, ref_chosen_logps=-1.0, ref_rejected_logps=-2.0) for row in random_rows(4)]
+    run = trainer(tmp_path, rows=rows, max_steps=1)
+    run.train()
+    with pytest.raises(ValueError, match="this evaluation set has no ref_chosen_logps"):
+        run.evaluate(random_rows(4, seed=1))
+    assert run.evaluate(rows)["eval_loss"] > 0
+    other = trainer(tmp_path, rows=rows, ref_model=tiny_model(seed=1), max_steps=1)
+    assert other.evaluate(random_rows(4, seed=1))["eval_rewards/margins"] != 0
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"ref_rejected_logps": None}, r"row 2 \(counted from 0\): it has ref_chosen_logps but not the other"),
+        ({"ref_chosen_logps": float("nan")}, "row 2.*'ref_chosen_logps' is nan; it must be a sum"),
+        ({"ref_chosen_logps": None, "ref_rejected_logps": None}, "1 of 4 rows of the train data set have no"),
+    ],
+)
+@pytest.mark.parametrize("table", [False, True])
+def test_columns_that_are_none(tmp_path, change, problem, table):
+    from datasets import Dataset
+
+    rows = [dict(row, ref_chosen_logps=-1.0, ref_rejected_logps=-2.0) for row in random_rows(4)]
+    rows[2] |= change
+    with pytest.raises(UserError, match=problem):
+        trainer(tmp_path, rows=Dataset.from_list(rows) if table else rows, precompute_ref_log_probs=True)
+
+
+def test_streamed_data_with_columns_need_no_reference(tmp_path, scored):
+    from datasets import IterableDataset
+
+    rows = [dict(row, ref_chosen_logps=-1.0, ref_rejected_logps=-2.0) for row in random_rows(8)]
+    streamed = IterableDataset.from_generator(lambda: iter(rows))
+    for options in ({}, {"precompute_ref_log_probs": True}):
+        run = trainer(tmp_path, rows=streamed, max_steps=2, **options)
+        assert run.ref_model is None and not scored
+        run.train()
