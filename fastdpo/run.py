@@ -105,14 +105,20 @@ def check_model_path(path: str, option: str = "--model", allow_pickle: bool = Fa
         )
 
 
-def load_model(path: str, dtype: Any, *, adapter: str | None = None, allow_pickle: bool = False) -> tuple[Any, Any]:
+def load_model(
+    path: str, dtype: Any, *, adapter: str | None = None, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """Model and tokenizer, from local files or by name; with `adapter`, a PEFT adapter on top."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True
+            path,
+            dtype=dtype,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except Exception as error:  # whatever a malformed file makes its reader raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

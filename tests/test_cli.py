@@ -114,6 +114,12 @@ def test_missing_file(run):
     one_sentence(err, "/nowhere/pairs.jsonl", "no such file")
 
 
+def test_an_option_that_the_command_cannot_honour(run):
+    code, err = run("--model_init_kwargs", '{"dtype": "bfloat16"}')
+    assert code == 2
+    one_sentence(err, "--model_init_kwargs", "train from Python")
+
+
 def test_missing_eval_file(run):
     code, err = run(eval_dataset="/nowhere/eval.jsonl")
     assert code == 2

@@ -95,7 +95,11 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     )
     named = {name: value for name, value in vars(options).items() if name not in not_config}
     args = _config(str(output), named, rest)
-    model, tokenizer = load_model(options.model, "float32", allow_pickle=options.allow_pickle)
+    if args.model_init_kwargs:
+        raise UserError("fastdpo train loads the model in float32 and has no --model_init_kwargs; train from Python.")
+    model, tokenizer = load_model(
+        options.model, "float32", allow_pickle=options.allow_pickle, trust_remote_code=args.trust_remote_code
+    )
     run(model, tokenizer, data, args, title=f"fastdpo train: {options.model}")
 
 

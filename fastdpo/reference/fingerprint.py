@@ -39,7 +39,7 @@ _IRRELEVANT_TO_ADAPTER = re.compile(
 def model_fingerprint(model: Any, compute_dtype: torch.dtype | None = None) -> dict[str, str]:
     """{"weights", "adapter", "config", "dtype"}: of two models with the same one, log-probs differ by rounding alone.
 
-    weights   hash of all parameters and buffers by value: a bfloat16 checkpoint has the same one loaded as float32
+    weights   hash of all parameters and saved buffers by value: that of a bfloat16 checkpoint is the same in float32
     adapter   hash of the PEFT adapters that are switched on, "none" without: a model whose adapters are switched off
               has the fingerprint of the model that they were put on
     config    hash of what the config says of the forward pass; of values that differ from the defaults alone, so that

@@ -51,7 +51,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Window:
-    """rows: that were read for it, those of other slices too; sequences: different ones, of this slice."""
+    """rows: that were read for it, those of other slices too; prompts: of this slice, each once."""
 
     rows: int
     prompts: list[Prompt]

@@ -182,15 +182,16 @@ class DPOTrainer(Trainer):
             self.ref_model.requires_grad_(False).eval().to(self.args.device)
 
     def _check_reference_is_left(self) -> None:
-        """For a data set that comes later."""
-        if self.ref_model is not None or self._adapters_are_the_policy:
+        """For a data set that comes later, and whose reference log-probs are not there."""
+        if self.ref_model is not None:
             return
-        if self._ref_cache is None:
+        if self._ref_cache is None and not self._adapters_are_the_policy:
             raise ValueError(
                 "this evaluation set has no ref_chosen_logps and ref_rejected_logps, as the other data sets do, and "
                 "there is no other reference; add the columns, or pass ref_model to the constructor."
             )
-        if self.state.global_step:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self._ref_cache is not None and self.state.global_step and (sharded or not self._adapters_are_the_policy):
             raise ValueError(
                 "the reference of this new evaluation set cannot be computed any more: with "
                 "precompute_ref_log_probs=True and no ref_model, it was the policy before training; "

@@ -183,6 +183,17 @@ def test_a_later_set_without_columns_needs_a_reference(tmp_path):
     assert other.evaluate(random_rows(4, seed=1))["eval_rewards/margins"] != 0
 
 
+def test_a_later_set_and_a_sharded_base(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    run = trainer(tmp_path, rows=random_rows(4), peft_config=lora, precompute_ref_log_probs=True, max_steps=1)
+    run.train()
+    assert run.evaluate(random_rows(3, seed=1))["eval_loss"] > 0
+    monkeypatch.setattr(run, "is_fsdp_enabled", True)
+    with pytest.raises(ValueError, match="cannot be computed any more"):
+        run.evaluate(random_rows(3, seed=2))
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
