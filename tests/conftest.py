@@ -57,3 +57,29 @@ def demo_model(tmp_path_factory):
         shared = shared.parent
     with FileLock(shared / "demo-model.lock"):
         return prepare_model(shared / "demo-model")
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """A list that grows by the number of completions in each pass of the reference."""
+    from fastdpo.reference import fill
+
+    counts, original = [], fill._Running
+
+    def counting(done, sizes, logps):
+        counts.append(len(sizes))
+        return original(done, sizes, logps)
+
+    monkeypatch.setattr(fill, "_Running", counting)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A tiny model with its tokenizer, as a command is given one."""
+    from tiny import tiny_model, word_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)

@@ -35,14 +35,6 @@ def write_rows(path, rows):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def run(tmp_path, model_folder, capfd):
     """Runs `fastdpo precompute` with a good command line but for the changes; exit code, stdout and stderr."""

@@ -20,19 +20,6 @@ TEXTS = [
 ]
 
 
-@pytest.fixture
-def scored(monkeypatch):
-    """A list that grows by the number of completions scored in each forward pass."""
-    counts, original = [], fill._Running
-
-    def counting(done, sizes, logps):
-        counts.append(len(sizes))
-        return original(done, sizes, logps)
-
-    monkeypatch.setattr(fill, "_Running", counting)
-    return counts
-
-
 def pairs(rows, tmp_path, model, **options):
     """Reference columns of rows through a new cache."""
     cache = precompute(model, rows, tmp_path, progress=False, **options)

@@ -7,21 +7,8 @@ import torch
 from tiny import naive_sequence_logps, random_rows, tiny_model
 from trainer_runs import losses_of, trainer
 
-from fastdpo.reference import ReferenceCache, fill, precompute, reference_columns
+from fastdpo.reference import ReferenceCache, precompute, reference_columns
 from fastdpo.types import UserError
-
-
-@pytest.fixture
-def scored(monkeypatch):
-    """A list that grows by the number of completions scored in each forward pass."""
-    counts, original = [], fill._Running
-
-    def counting(done, sizes, logps):
-        counts.append(len(sizes))
-        return original(done, sizes, logps)
-
-    monkeypatch.setattr(fill, "_Running", counting)
-    return counts
 
 
 @pytest.mark.parametrize("options", [{}, {"max_length": 9}, {"max_length": 9, "truncation_mode": "keep_end"}])
