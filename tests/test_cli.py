@@ -7,17 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model, word_tokenizer
+from tiny import text_rows, tiny_model, word_tokenizer, write_rows
 
 from fastdpo.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {"prompt": "a b", "chosen": " yes a", "rejected": " no"}
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture
@@ -35,20 +30,12 @@ def run(tmp_path, model_folder, capfd):
     return call
 
 
-def pairs(count):
-    words = ["a", "b", "c", "d", "e", "hello"]
-    return [
-        {"prompt": f"why {words[i % 6]} {words[i // 6 % 6]}", "chosen": f" yes {words[i % 5]}", "rejected": " no no"}
-        for i in range(count)
-    ]
-
-
 def test_a_whole_run(tmp_path, model_folder, capfd):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "out"
     arguments = [
-        "train", "--model", model_folder, "--dataset", write_rows(tmp_path / "pairs.jsonl", pairs(40)),
+        "train", "--model", model_folder, "--dataset", write_rows(tmp_path / "pairs.jsonl", text_rows(40)),
         "--output_dir", str(out), "--learning_rate", "1e-3", "--num_train_epochs", "2",
         "--per_device_train_batch_size", "4", "--label_smoothing", "0.05", "--gradient_checkpointing", "false",
     ]  # fmt: skip
@@ -69,7 +56,7 @@ def test_a_whole_run(tmp_path, model_folder, capfd):
 
 
 def test_too_few_rows_to_hold_any_out(tmp_path, model_folder, capfd):
-    arguments = ["train", "--model", model_folder, "--dataset", write_rows(tmp_path / "p.jsonl", pairs(3))]
+    arguments = ["train", "--model", model_folder, "--dataset", write_rows(tmp_path / "p.jsonl", text_rows(3))]
     assert main([*arguments, "--output_dir", str(tmp_path / "o"), "--max_steps", "1"]) == 0
     assert json.loads((tmp_path / "o" / "summary.json").read_text())["held_out_before"] is None
     assert "preference accuracy" not in capfd.readouterr().out

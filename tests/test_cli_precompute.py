@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from cache_contents import assert_same, contents
-from tiny import naive_sequence_logps, random_rows, tiny_model, word_tokenizer
+from tiny import naive_sequence_logps, random_rows, text_rows, tiny_model, word_tokenizer, write_rows
 
 from fastdpo.cli import main
 from fastdpo.data import tokenize_row
@@ -20,19 +20,6 @@ from fastdpo.reference import ReferenceCache, precompute, reference_columns
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-
-
-def text_rows(count):
-    words = ["a", "b", "c", "d", "e", "hello"]
-    return [
-        {"prompt": f"why {words[i % 6]} {words[i // 6 % 6]}", "chosen": f" yes {words[i % 5]}", "rejected": " no no"}
-        for i in range(count)
-    ]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture

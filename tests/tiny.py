@@ -1,5 +1,6 @@
 """Tiny random models and rows, made on the spot."""
 
+import json
 import random
 
 import torch
@@ -58,6 +59,21 @@ def random_rows(count, seed=0, prompt=(1, 12), answer=(1, 9)):
         return [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(*bounds))]
 
     return [{"prompt_ids": ids(prompt), "chosen_ids": ids(answer), "rejected_ids": ids(answer)} for _ in range(count)]
+
+
+def text_rows(count):
+    """Rows of words that `word_tokenizer` knows."""
+    words = ["a", "b", "c", "d", "e", "hello"]
+    return [
+        {"prompt": f"why {words[i % 6]} {words[i // 6 % 6]}", "chosen": f" yes {words[i % 5]}", "rejected": " no no"}
+        for i in range(count)
+    ]
+
+
+def write_rows(path, rows):
+    """A .jsonl file of them; its path, as a command takes it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def word_tokenizer(chat=False):

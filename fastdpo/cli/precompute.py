@@ -58,7 +58,7 @@ def add_commands(commands: Any) -> None:
 
 def _precompute(options: argparse.Namespace, rest: list[str]) -> None:
     from fastdpo.data import open_rows
-    from fastdpo.reference import ReferenceCache, fill_cache
+    from fastdpo.reference import ReferenceCache, fill_cache, model_fingerprint
     from fastdpo.reference.cache import default_cache_dir
     from fastdpo.reference.fill import about
     from fastdpo.reference.folder import MANIFEST
@@ -81,9 +81,10 @@ def _precompute(options: argparse.Namespace, rest: list[str]) -> None:
         check_output_dir(Path(options.columns).parent, "--columns")
     num_rows = rows.check()
     reference = load_reference(options)
+    fingerprint = model_fingerprint(reference.model, reference.autocast_dtype)
     cache = ReferenceCache(
-        options.output or default_cache_dir(reference.fingerprint),
-        reference.fingerprint,
+        options.output or default_cache_dir(fingerprint),
+        fingerprint,
         per_token=False if options.sums_only else None,
         about=about(reference.model),
     )

@@ -47,14 +47,12 @@ class Reference(NamedTuple):
     model: Any
     tokenizer: Any
     autocast_dtype: Any
-    fingerprint: dict[str, str]
 
 
 def load_reference(options: argparse.Namespace) -> Reference:
     """The model on its device: the GPU of this process, where there are GPUs."""
     import torch
 
-    from fastdpo.reference import model_fingerprint
     from fastdpo.run import load_model
 
     model, tokenizer = load_model(
@@ -63,8 +61,7 @@ def load_reference(options: argparse.Namespace) -> Reference:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         model.to("cuda")
-    autocast_dtype = torch.bfloat16 if _bf16(options) else None
-    return Reference(model, tokenizer, autocast_dtype, model_fingerprint(model, autocast_dtype))
+    return Reference(model, tokenizer, torch.bfloat16 if _bf16(options) else None)
 
 
 def _bf16(options: argparse.Namespace) -> bool:

@@ -14,7 +14,7 @@ from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache
 from fastdpo.reference.fingerprint import sequence_key
 from fastdpo.reference.index import KEY_BYTES
-from fastdpo.reference.work import Reader, token_rows
+from fastdpo.reference.work import Reader, place, token_rows
 from fastdpo.types import DataError, UserError
 
 _ROWS = 4096  # whose log-probs are read at a time
@@ -120,7 +120,6 @@ def _sum(row: Mapping[str, Any], name: str, number: int) -> float:
     value = row.get(name)
     if not isinstance(value, numbers.Real) or not np.isfinite(float(value)):
         raise DataError(
-            f"row {number} of the data set (counted from 0): {name!r} is {value!r}; it must be the sum of the answer's "
-            "log-probs, a finite number."
+            f"{place(number)}: {name!r} is {value!r}; it must be the sum of the answer's log-probs, a finite number."
         )
     return float(value)

@@ -25,7 +25,7 @@ from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
 from fastdpo.reference.fingerprint import model_fingerprint
 from fastdpo.reference.progress import FillBar, Filled
-from fastdpo.reference.work import Pass, Prompt, Reader, Window, ahead, passes
+from fastdpo.reference.work import Pass, Prompt, Reader, Window, ahead, passes, place
 from fastdpo.scoring import ScoringBatch, score, scoring_batch, scoring_device
 from fastdpo.types import UserError
 from fastdpo.verify import choose_packing
@@ -239,8 +239,8 @@ class _Running:
             if not np.isfinite(value).all():
                 wrong = value[~np.isfinite(value)][0]
                 raise UserError(
-                    f"the reference gives a log-prob of {wrong:g} for row {prompt.row} of the data set (counted from "
-                    f"0), in a completion of {len(completion)} tokens; check the model's weights, or load it in a "
+                    f"the reference gives a log-prob of {wrong:g} for {place(prompt.row)}, in a completion "
+                    f"of {len(completion)} tokens; check the model's weights, or load it in a "
                     "dtype that does not overflow (bfloat16 or float32). What was computed before is kept."
                 )
         return values

@@ -133,7 +133,7 @@ class Reader:
     def _sequences(self, row: Mapping[str, Any], number: int) -> tuple[PromptCompletion, PromptCompletion]:
         """Of a row that is checked."""
         if not is_tokenized(row):
-            row = self._checked(tokenized(row, self.tokenizer, _where(number)), number)
+            row = self._checked(tokenized(row, self.tokenizer, place(number)), number)
         both = self.collator.sequences(row)
         for prompt, completion in both:
             self._check_length(len(prompt) + len(completion), number)
@@ -160,24 +160,24 @@ class Reader:
         if problem is None and self.tokenizer is None:
             problem = "it holds text, not token ids; pass the tokenizer."
         if problem is not None:
-            raise DataError(f"{_where(number)}: {problem}")
+            raise DataError(f"{place(number)}: {problem}")
         return row
 
     def _ids(self, row: Mapping[str, Any], name: str, number: int) -> np.ndarray:
         if row.get(name) is None:
             raise DataError(
-                f"{_where(number)}: the field {name!r} is missing; tokenized rows need {', '.join(TOKENIZED)}."
+                f"{place(number)}: the field {name!r} is missing; tokenized rows need {', '.join(TOKENIZED)}."
             )
         try:
             ids = np.asarray(row[name])
         except ValueError:  # lists of unequal lengths in it
             ids = np.empty((0, 0))
         if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-            raise DataError(f"{_where(number)}: {name!r} must be a list of token ids (integers from 0).")
+            raise DataError(f"{place(number)}: {name!r} must be a list of token ids (integers from 0).")
         if self.num_tokens is not None and len(ids) and not (ids.min() >= 0 and ids.max() < self.num_tokens):
             wrong = int(ids.min() if ids.min() < 0 else ids.max())
             raise DataError(
-                f"{_where(number)}: {name!r} holds the id {wrong}, and the model knows {self.num_tokens} tokens, "
+                f"{place(number)}: {name!r} holds the id {wrong}, and the model knows {self.num_tokens} tokens, "
                 "counted from 0; tokenize with the tokenizer of this model."
             )
         return ids.astype(np.int64, copy=False)
@@ -185,12 +185,13 @@ class Reader:
     def _check_length(self, length: int, number: int) -> None:
         if self.limit is not None and length > self.limit.tokens:
             raise DataError(
-                f"row {number} of the data set (counted from 0) has {length} tokens, and the model has "
+                f"{place(number)} has {length} tokens, and the model has "
                 f"{self.limit.why}; set max_length={self.limit.tokens} to cut such rows, or leave them out."
             )
 
 
-def _where(number: int) -> str:
+def place(number: int) -> str:
+    """Of a row, for messages."""
     return f"row {number} of the data set (counted from 0)"
 
 

@@ -99,7 +99,10 @@ def _references(row: dict[str, Any], where: str) -> dict[str, float]:
 def _check_references(dataset: Dataset, name: str) -> None:
     """All rows have them, or none: a table fills what is missing with None."""
     given = [column for column in REF_COLUMNS if column in dataset.column_names]
-    lacking = sum(table[column].null_count for column in given for table in dataset.with_format("arrow").iter(10_000))
+    if not given:
+        return
+    tables = dataset.select_columns(given).with_format("arrow").iter(10_000)
+    lacking = sum(table[column].null_count for table in tables for column in given)
     if lacking:
         raise DataError(
             f"{lacking // len(given)} of {len(dataset)} rows of the {name} data set have no {', '.join(REF_COLUMNS)}, "
