@@ -15,7 +15,11 @@ _HOME = {
     "linear_token_logps": "fastdpo.functional",
     "loss": "fastdpo.functional",
     "linear_loss": "fastdpo.functional",
-    "preference_loss": "fastdpo.functional",
+    "preference_loss": "fastdpo.sums",
+    "listwise_loss": "fastdpo.sums",
+    "unpaired_loss": "fastdpo.sums",
+    "list_losses": "fastdpo.losses",
+    "register_loss": "fastdpo.losses",
     "LossOutput": "fastdpo.types",
     "IGNORE_INDEX": "fastdpo.types",
     "batch_loss": "fastdpo.scoring",
@@ -44,9 +48,11 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from fastdpo.functional import linear_loss, linear_token_logps, loss, preference_loss, token_logps
+    from fastdpo.functional import linear_loss, linear_token_logps, loss, token_logps
+    from fastdpo.losses import list_losses, register_loss
     from fastdpo.packing import PreferenceBatch, PreferenceCollator
     from fastdpo.reference import ReferenceCache, precompute
     from fastdpo.scoring import batch_loss, sequence_logps
+    from fastdpo.sums import listwise_loss, preference_loss, unpaired_loss
     from fastdpo.trainer import DPOConfig, DPOTrainer
     from fastdpo.types import IGNORE_INDEX, LossOutput

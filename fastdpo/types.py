@@ -56,17 +56,23 @@ class TokenMetrics:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What every loss function returns; B pairs.
+    """What every loss function returns; B pairs (or lists, or single answers).
 
     loss              scalar, the reduction of `losses` (with `reduction="none"`: `losses` itself)
-    losses            (B,) one loss a pair; carries a gradient, except in `linear_loss` with reduction "mean" or
-                      "sum", which forms its gradient for `loss` alone
+    losses            (B,) one loss a pair, times its weight where there are any; carries a gradient, except in
+                      `linear_loss` with reduction "mean" or "sum", which forms its gradient for `loss` alone
     chosen_logps      (B,) sum of log-probs over the completion, detached, as is all that follows
     rejected_logps    (B,)
-    chosen_rewards    (B,) beta * (logp - ref_logp), the implicit reward
+    chosen_rewards    (B,) beta * (logp - ref_logp), the implicit reward; with an f-divergence beta times its score
     rejected_rewards  (B,)
     tokens            means over tokens, where they were asked for
+    accuracies        lists: (B,) the share of two of its completions that the rewards order as the ranking does
+    kl                losses that estimate it: the KL divergence from the reference, a scalar
+    paired            False for single answers: the chosen entries are NaN where an answer is not desirable, the
+                      rejected ones where it is
     aux_loss          the load-balancing loss of a mixture of experts, where `loss` holds it
+
+    Of lists, chosen is the best completion, rejected the mean of the others.
     """
 
     loss: Tensor
@@ -76,6 +82,9 @@ class LossOutput:
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     tokens: TokenMetrics | None = None
+    accuracies: Tensor | None = None
+    kl: Tensor | None = None
+    paired: bool = True
     aux_loss: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,20 +99,24 @@ class LossOutput:
 
     def metrics(self) -> dict[str, Tensor]:
         """Batch means under the names that trainers log; 0-d tensors on the device, so that nothing waits for it."""
-        margins = self.chosen_rewards - self.rejected_rewards
-        values = {
-            "rewards/chosen": self.chosen_rewards.mean(),
-            "rewards/rejected": self.rejected_rewards.mean(),
-            "rewards/accuracies": (margins > 0).to(margins.dtype).mean(),
-            "rewards/margins": margins.mean(),
-            "logps/chosen": self.chosen_logps.mean(),
-            "logps/rejected": self.rejected_logps.mean(),
-        }
+        mean = torch.mean if self.paired else torch.nanmean
+        chosen, rejected = mean(self.chosen_rewards), mean(self.rejected_rewards)
+        values = {"rewards/chosen": chosen, "rewards/rejected": rejected}
+        if self.paired:
+            right = self.accuracies
+            if right is None:
+                right = (self.chosen_rewards > self.rejected_rewards).to(self.chosen_rewards.dtype)
+            values["rewards/accuracies"] = right.mean()
+        values["rewards/margins"] = chosen - rejected
+        values["logps/chosen"] = mean(self.chosen_logps)
+        values["logps/rejected"] = mean(self.rejected_logps)
         if self.tokens is not None:
             values["logits/chosen"] = self.tokens.chosen_logits
             values["logits/rejected"] = self.tokens.rejected_logits
             values["entropy"] = self.tokens.entropy
             values["mean_token_accuracy"] = self.tokens.mean_token_accuracy
+        if self.kl is not None:
+            values["kl"] = self.kl
         if self.aux_loss is not None:
             values["aux_loss"] = self.aux_loss
         return values

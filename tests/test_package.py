@@ -16,9 +16,10 @@ PACKAGE = ROOT / "fastdpo"
 ORDER = [
     {"fastdpo_kernels", "types", "device"},
     {"ops", "losses", "data"},
+    {"groups"},
     {"packing"},
     {"attention"},
-    {"functional"},
+    {"functional", "sums"},
     {"models"},
     {"verify"},
     {"scoring"},

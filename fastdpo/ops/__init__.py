@@ -2,11 +2,11 @@
 
 from fastdpo.ops.gather_kv import gather_kv
 from fastdpo.ops.linear_logps import linear_token_logps, linear_token_logps_with_stats
-from fastdpo.ops.linear_loss import fused_pair_loss, is_fused
+from fastdpo.ops.linear_loss import fused_group_loss, is_fused
 from fastdpo.ops.token_logps import token_logps, token_logps_with_stats
 
 __all__ = [
-    "fused_pair_loss",
+    "fused_group_loss",
     "gather_kv",
     "is_fused",
     "linear_token_logps",

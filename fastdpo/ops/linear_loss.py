@@ -1,13 +1,15 @@
-"""A preference loss from hidden states whose gradient is formed in the forward pass, a chunk of pairs at a time.
+"""A preference loss from hidden states whose gradient is formed in the forward pass, a chunk of groups at a time.
 
-A loss that is a sum over pairs needs, of one pair, only the log-probs of that pair. So once a chunk of whole pairs has
-its log-probs, dL/dlogp of its tokens is known, and the tile of logits, still in memory, becomes the gradient at once:
-no second product for the logits. 6NDV FLOPs in all, where a per-token API that forms its tiles again needs 8NDV.
+A group is what one loss is a function of: a pair, a list of completions, a single answer. A loss that is a sum over
+groups needs, of one group, only the sums of its log-probs. So once a chunk of whole groups has its log-probs, dL/dlogp
+of its tokens is known, and the tile of logits, still in memory, becomes the gradient at once: no second product for
+the logits. 6NDV FLOPs in all, where a per-token API that forms its tiles again needs 8NDV.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,8 +22,9 @@ from fastdpo.ops.linear_logps import make_head, needed_gradients
 from fastdpo.types import TokenStats
 from fastdpo_kernels import linear_logprobs as kernel
 
-# (first pair, end pair, sums (2, pairs) of chosen and rejected log-probs, requiring grad) -> losses (pairs,)
-PairLoss = Callable[[int, int, Tensor], Tensor]
+# (first group, end group, the slots' sums of log-probs, requiring grad; the same of log sum_v p_v^2, where asked for)
+# -> losses (groups,)
+GroupLoss = Callable[[int, int, Tensor, Tensor | None], Tensor]
 
 
 def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, memory_budget: int) -> bool:
@@ -35,73 +38,79 @@ def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
     return hidden.shape[0] > rows_within(memory_budget, weight.shape[0], dtype)
 
 
-def fused_pair_loss(
+def fused_group_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    sequence_ids: Tensor,
-    tokens_per_pair: Sequence[int],
-    pair_loss: PairLoss,
+    slot_ids: Tensor,
+    rows_per_group: Sequence[int],
+    slots_per_group: Sequence[int],
+    group_loss: GroupLoss,
     options: LogitOptions,
     *,
     memory_budget: int,
     bias: Tensor | None = None,
     stats: bool = False,
+    sum_p2: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, TokenStats | None]:
-    """sum over pairs of pair_loss(log-probs of the pair), without logits of all tokens.
+    """sum over groups of group_loss(sums of the group's log-probs by slot), without logits of all tokens.
 
     Args:
-        hidden: (N, D) in the dtype of the products, the rows of pair 0 first, then those of pair 1, and so on.
-        sequence_ids: (N,) in [0, 2B): chosen i is i, rejected i is B + i.
-        tokens_per_pair: B host integers that add up to N.
-        pair_loss: called once a chunk, under `torch.enable_grad`.
+        hidden: (N, D) in the dtype of the products, the rows of group 0 first, then those of group 1, and so on.
+        slot_ids: (N,) where each row's log-prob is added: slots are numbered group by group.
+        rows_per_group: host integers that add up to N.
+        slots_per_group: host integers; their sum is the number of slots.
+        group_loss: called once a chunk, under `torch.enable_grad`.
+        sum_p2: whether it is to have the sums of log sum_v p_v^2; needs `stats`.
 
     Returns:
-        loss (scalar, differentiable in hidden, weight, bias), losses (B,), logps (2B,), statistics or None.
+        loss (scalar, differentiable in hidden, weight, bias), losses (groups,), sums (slots,), statistics or None.
     """
-    loss, losses, logps, all_stats = FusedPairLossFunction.apply(
-        hidden, weight, bias, labels.long(), sequence_ids, tuple(tokens_per_pair), pair_loss, options, stats,
-        memory_budget, row_kernels(impl, hidden),
+    loss, losses, sums, all_stats = FusedGroupLossFunction.apply(
+        hidden, weight, bias, labels.long(), slot_ids, tuple(rows_per_group), tuple(slots_per_group), group_loss,
+        options, stats, sum_p2, memory_budget, row_kernels(impl, hidden),
     )  # fmt: skip
-    return loss, losses, logps, TokenStats.from_rows(all_stats) if stats else None
+    return loss, losses, sums, TokenStats.from_rows(all_stats) if stats else None
 
 
-def chunk_rows(tokens_per_pair: Sequence[int], tile: int) -> list[tuple[int, int, slice]]:
-    """(first pair, end pair, their rows) of chunks of at most `tile` rows, of like size; a larger pair stands alone."""
-    total = sum(tokens_per_pair)
+def chunk_rows(rows_per_group: Sequence[int], tile: int) -> list[tuple[int, int, slice]]:
+    """(first group, end group, their rows) of chunks of at most `tile` rows, alike in size; a larger one is alone."""
+    total = sum(rows_per_group)
     aim = -(-total // max(1, -(-total // tile)))  # as many chunks as the tile makes necessary, all alike
     chunks: list[tuple[int, int, slice]] = []
     first, start, stop = 0, 0, 0
-    for pair, count in enumerate(tokens_per_pair):
-        if pair > first and (stop - start >= aim or stop - start + count > tile):
-            chunks.append((first, pair, slice(start, stop)))
-            first, start = pair, stop
+    for group, count in enumerate(rows_per_group):
+        if group > first and (stop - start >= aim or stop - start + count > tile):
+            chunks.append((first, group, slice(start, stop)))
+            first, start = group, stop
         stop += count
-    if first < len(tokens_per_pair):
-        chunks.append((first, len(tokens_per_pair), slice(start, stop)))
+    if first < len(rows_per_group):
+        chunks.append((first, len(rows_per_group), slice(start, stop)))
     return chunks
 
 
-class FusedPairLossFunction(torch.autograd.Function):
+class FusedGroupLossFunction(torch.autograd.Function):
     """For a trainable head; the gradients of all tensors are formed in the forward, and scaled in the backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, sequence_ids: Tensor,
-        tokens_per_pair: tuple[int, ...], pair_loss: PairLoss, options: LogitOptions, stats: bool, memory_budget: int,
-        kernels: Any,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, slot_ids: Tensor,
+        rows_per_group: tuple[int, ...], slots_per_group: tuple[int, ...], group_loss: GroupLoss,
+        options: LogitOptions, stats: bool, sum_p2: bool, memory_budget: int, kernels: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         head = make_head(weight, bias, hidden.dtype, options, kernels)
         tile = rows_within(memory_budget, weight.shape[0], hidden.dtype)
-        chunks, num_pairs = chunk_rows(tokens_per_pair, tile), len(tokens_per_pair)
-        # A pair larger than the tile stands alone: log-probs first, and its tiles again for the gradient.
+        chunks, slot_starts = chunk_rows(rows_per_group, tile), [0, *accumulate(slots_per_group)]
+        # A group larger than the tile stands alone: log-probs first, and its tiles again for the gradient.
         count = sum(kernel.tile_count(rows.stop - rows.start, 0, tile) for _, _, rows in chunks)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grads = kernel.HeadGrads(head, weight=needs_weight, bias=needs_bias, tiles=count)
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
         results = kernel.RowResults(hidden, stats)
-        losses, sums = results.logps.new_empty(num_pairs), results.logps.new_empty(2, num_pairs)
+        losses = results.logps.new_empty(len(rows_per_group))
+        sums = results.logps.new_zeros(slot_starts[-1])
+        sums_p2 = torch.zeros_like(sums) if sum_p2 else None
         token_grads = torch.empty_like(results.logps)  # (N,) dL/dlogp
         buffer = head.buffer(min(tile, max((rows.stop - rows.start for _, _, rows in chunks), default=0)))
         for first, end, rows in chunks:
@@ -111,12 +120,12 @@ class FusedPairLossFunction(torch.autograd.Function):
                 results.forward_to_gradient(rows, p, labels[rows], head)
             else:
                 kernel.fwd(hidden, labels, head, results, buffer, start=rows.start, end=rows.stop)
-            # chosen i -> i - first, rejected B + i -> (end - first) + i - first
-            ids = sequence_ids[rows] - first
-            ids = torch.where(ids >= num_pairs - first, ids - num_pairs + (end - first), ids)
-            chunk_sums = sums.new_zeros(2 * (end - first)).index_add_(0, ids, results.logps[rows]).view(2, -1)
-            losses[first:end], grad_sums = _pair_gradient(pair_loss, first, end, chunk_sums)
-            sums[:, first:end] = chunk_sums
+            slots, ids = slice(slot_starts[first], slot_starts[end]), slot_ids[rows] - slot_starts[first]
+            sums[slots].index_add_(0, ids, results.logps[rows])
+            part_p2 = None
+            if sums_p2 is not None:
+                part_p2 = sums_p2[slots].index_add_(0, ids, results.stats[3, rows])
+            losses[first:end], grad_sums = _group_gradient(group_loss, first, end, sums[slots], part_p2)
             token_grads[rows] = grad_sums[ids]
             if n <= tile:
                 token_grads[rows] *= results.scale[rows]
@@ -126,9 +135,8 @@ class FusedPairLossFunction(torch.autograd.Function):
                            end=rows.stop)  # fmt: skip
         ctx.save_for_backward(dhidden, grads.weight, grads.bias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        logps = sums.view(-1)
-        ctx.mark_non_differentiable(losses, logps, results.stats)
-        return losses.sum(), losses, logps, results.stats
+        ctx.mark_non_differentiable(losses, sums, results.stats)
+        return losses.sum(), losses, sums, results.stats
 
     @staticmethod
     @once_differentiable
@@ -141,13 +149,15 @@ class FusedPairLossFunction(torch.autograd.Function):
                 scaled.append(None if grad is None else grad.mul_(grad_loss))
             else:  # scaled and cast in one pass
                 scaled.append(torch.mul(grad, grad_loss, out=torch.empty_like(grad, dtype=dtype)))
-        return (*scaled, *[None] * 8)
+        return (*scaled, *[None] * 10)
 
 
-def _pair_gradient(pair_loss: PairLoss, first: int, end: int, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """losses (pairs,) and d sum(losses) / d sums, flat (2 * pairs,): chosen first, then rejected."""
+def _group_gradient(
+    group_loss: GroupLoss, first: int, end: int, sums: Tensor, sums_p2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """losses (groups,) and d sum(losses) / d sums, (slots,)."""
     with torch.enable_grad():
         leaf = sums.detach().requires_grad_()
-        losses = pair_loss(first, end, leaf)
+        losses = group_loss(first, end, leaf, sums_p2)
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
-    return losses.detach(), grad.reshape(-1)
+    return losses.detach(), grad

@@ -1,0 +1,81 @@
+"""What pairs, lists and single answers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdpo.losses import WeightedLosses
+from fastdpo.losses.terms import nonzero
+from fastdpo.types import LossOutput, TokenMetrics
+
+RefLogps = Tensor | tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class GroupInputs:
+    """What the caller gives beside the tokens, as `fastdpo.loss` takes it."""
+
+    ref_logps: RefLogps = None
+    pair_weights: Tensor | None = None
+    list_sizes: int | Sequence[int] | None = None
+    desirable: Tensor | None = None
+    kl: Tensor | float | None = None
+    margins: Tensor | None = None
+    mean_chosen_length: float | None = None
+    grad_dtype: torch.dtype = torch.float32  # of what the gradient reaches: exponents must not leave it
+
+
+class Groups:
+    """S sequences in B groups. Tensors are on the device of the log-probs and in their dtype.
+
+    losses     what is to be computed
+    what       the groups, in messages
+    count      B
+    weights    (B,) or None
+    num_slots  of all groups
+    """
+
+    losses: WeightedLosses
+    what: str
+    count: int
+    weights: Tensor | None
+
+    @property
+    def slots_per_group(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def num_slots(self) -> int:
+        return sum(self.slots_per_group)
+
+    def slot_ids(self, sequence_ids: Tensor, counted: Tensor) -> Tensor:
+        """(N,) the slot of each row; `counted` (N,) is where it has a target."""
+        return sequence_ids
+
+    def group_ids(self, sequence_ids: Tensor) -> Tensor:
+        """(N,) the group of each row."""
+        raise NotImplementedError
+
+    def rejected(self) -> Tensor:
+        """(S,) bool: which sequences count as rejected in the metrics; the others as chosen."""
+        raise NotImplementedError
+
+    def __call__(self, first: int, end: int, sums: Tensor, sums_p2: Tensor | None = None) -> Tensor:
+        """(end - first,) weighted losses of these groups, of whose slots these are the sums."""
+        raise NotImplementedError
+
+    def output(self, losses: Tensor, loss: Tensor, sums: Tensor, tokens: TokenMetrics | None) -> LossOutput:
+        raise NotImplementedError
+
+    def weighted(self, losses: Tensor, first: int, end: int) -> Tensor:
+        return losses if self.weights is None else losses * self.weights[first:end]
+
+    def reduced(self, total: Tensor, reduction: str) -> Tensor:
+        """Of the sum of weighted losses."""
+        if reduction == "sum":
+            return total
+        return total / self.count if self.weights is None else total / nonzero(self.weights.sum())
