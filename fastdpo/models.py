@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fastdpo.attention import packed_forward
 from fastdpo.functional import linear_loss, linear_token_logps
+from fastdpo.groups import length_desensitized
 from fastdpo.packing import PreferenceBatch
 from fastdpo.types import LossOutput, UserError
 
@@ -157,18 +158,23 @@ def target_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str =
     return linear_token_logps(hidden, head.weight, batch.target_ids, **head.kwargs())
 
 
-def forward_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str) -> Tensor:
+def forward_logps(
+    model: Any, batch: PreferenceBatch, *, attention_backend: str, ld_alpha: float | None = None
+) -> Tensor:
     """`fastdpo.sequence_logps`, through the model's own forward where something is wrapped around it; unverified."""
     inner = causal_lm(model)
+    options: dict[str, Any] = {"attention_backend": attention_backend, "ld_alpha": ld_alpha}
     if _has_wrapper(model):
         extend_forward(inner)
-        return model(preference_batch=batch, pass_options={"attention_backend": attention_backend})
-    return _sequence_logps(inner, batch, attention_backend=attention_backend)
+        return model(preference_batch=batch, pass_options=options)
+    return _sequence_logps(inner, batch, **options)
 
 
-def _sequence_logps(inner: Any, batch: PreferenceBatch, *, attention_backend: str) -> Tensor:
+def _sequence_logps(inner: Any, batch: PreferenceBatch, *, attention_backend: str, ld_alpha: float | None) -> Tensor:
     logps = target_logps(inner, batch, attention_backend=attention_backend)
-    return logps.new_zeros(2 * batch.num_pairs).index_add(0, batch.sequence_ids, logps)
+    if ld_alpha is not None:
+        logps = length_desensitized(logps, batch.sequence_ids, batch.num_sequences, ld_alpha)
+    return logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, logps)
 
 
 def forward_loss(model: Any, batch: PreferenceBatch, ref_logps: Tensor | None, **options: Any) -> LossOutput:
@@ -192,6 +198,7 @@ def _batch_loss(
     router = {"output_router_logits": True} if router_aux_loss_coef else {}
     hidden, backbone_output = _backbone(inner, batch, attention_backend, **router)
     head = lm_head(inner)
+    given = {name: batch[name] for name in _LOSS_INPUTS if name in batch}
     output = linear_loss(
         hidden,
         head.weight,
@@ -200,13 +207,16 @@ def _batch_loss(
         sequence_ids=batch.sequence_ids,
         tokens_per_pair=batch.tokens_per_pair,
         **head.kwargs(),
-        **options,
+        **(given | options),
     )
     if not router_aux_loss_coef:
         return output
     aux_loss = _load_balancing_loss(inner, backbone_output.router_logits, batch)
     weight = batch.num_pairs if options.get("reduction") == "sum" else 1  # as much a pair, however the batch is reduced
     return replace(output, loss=output.loss + router_aux_loss_coef * weight * aux_loss, aux_loss=aux_loss.detach())
+
+
+_LOSS_INPUTS = ("pair_weights", "list_sizes", "desirable", "mean_chosen_length")  # of a batch, where it has them
 
 
 def _has_wrapper(model: Any) -> bool:

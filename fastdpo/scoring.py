@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.losses import get_loss
 from fastdpo.models import causal_lm, forward_logps, forward_loss, target_logps
 from fastdpo.packing import PreferenceBatch, pack, pad
 from fastdpo.types import LossOutput
@@ -17,22 +18,28 @@ from fastdpo.verify import ensure_verified
 Sequences = Sequence[tuple[Any, Any]]  # of (prompt ids, completion ids), lists or arrays
 
 
-def sequence_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto") -> Tensor:
+def sequence_logps(
+    model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto", ld_alpha: float | None = None
+) -> Tensor:
     """Sum of the completion's log-probs for each sequence of a batch from PreferenceCollator.
 
     Args:
         model: a transformers causal language model, plain, with PEFT adapters, or in a data-parallel wrapper.
         batch: on the model's device (`batch.to(device)`).
+        ld_alpha: of pairs: what tokens beyond the length of the pair's shorter answer weigh, as in the loss.
 
     Returns:
-        (2B,) float32, chosen first, differentiable in the model's parameters.
+        (S,) float32, in the order of the batch's sequences (of pairs (2B,), chosen first), differentiable in the
+        model's parameters; under the reference, what `batch_loss` takes as `ref_logps`.
 
     Raises:
         ValueError: the model cannot run in the way the batch is packed; found on the first pass, by comparing a few
             random tokens with the model's own logits.
     """
+    if ld_alpha is not None and batch.data != "pairs":
+        raise ValueError(f"ld_alpha={ld_alpha} compares the two answers of a pair, and the batch holds {batch.data}.")
     ensure_verified(model, batch.packing, attention_backend)
-    return forward_logps(model, batch, attention_backend=attention_backend)
+    return forward_logps(model, batch, attention_backend=attention_backend, ld_alpha=ld_alpha)
 
 
 def batch_loss(
@@ -49,14 +56,22 @@ def batch_loss(
     Args:
         model: a transformers causal language model, plain, with PEFT adapters, or in a data-parallel wrapper.
         batch: on the model's device (`batch.to(device)`).
-        ref_logps: (2B,), chosen first; default: those that the batch carries.
+        ref_logps: (S,), one sum a sequence (of pairs chosen first); default: those that the batch carries.
         router_aux_loss_coef: of a mixture of experts: `loss` then holds that many times its load-balancing loss, and
             `aux_loss` the balancing loss itself, in which every token that the backbone ran counts once, padding never.
-        options: of `linear_loss`: beta, loss_type, label_smoothing, reduction, memory_budget, ...
+        options: of `linear_loss`: beta, loss_type, label_smoothing, reduction, memory_budget, ... Weights, list sizes
+            and labels come from the batch.
 
     Raises:
         ValueError: as `sequence_logps`, or as `linear_loss`.
     """
+    loss_type = options.get("loss_type", "sigmoid")
+    wanted = get_loss(loss_type if isinstance(loss_type, str) or not loss_type else loss_type[0]).data
+    if wanted != batch.data:
+        raise ValueError(
+            f"the batch holds {batch.data}, and loss_type {loss_type} is a loss of {wanted}; take a loss of "
+            f"{batch.data} (fastdpo.list_losses() has them)."
+        )
     ensure_verified(model, batch.packing, attention_backend)
     return forward_loss(
         model, batch, ref_logps,

@@ -6,41 +6,56 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastdpo.data.validate import common_prefix_length, is_chat, is_tokenized
+import numpy as np
+
+from fastdpo.data.validate import ID_COLUMNS, common_prefix_length, data_of, is_chat, is_tokenized
 from fastdpo.types import DataError, UserError
 
 
-def tokenize_row(row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
-    """{"prompt_ids", "chosen_ids", "rejected_ids"} of one row.
+def tokenize_row(row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Token ids of one row: {"prompt_ids", "chosen_ids", "rejected_ids"} of a pair.
+
+    Of a ranked list (`prompt`, `completions`, `ranks`) {"prompt_ids", "completions_ids", "ranks"}, of a single answer
+    (`prompt`, `completion`, `label`) {"prompt_ids", "completion_ids", "label"}. A `pair_weight` is kept.
 
     Messages are rendered by the tokenizer's chat template: the prompt with the generation prompt, and the whole
     conversation with each answer. Plain text is tokenized as prompt and as prompt + answer, the answer ended by the
     end-of-sequence token. The completion begins where prompt and whole part ways: a template may render the prompt
     differently alone (with an empty thinking block, say) than in context, and tokens may merge across the border.
     """
+    data = data_of(row)
+    kept = {name: row[name] for name in ("ranks", "label", "pair_weight") if row.get(name) is not None}
     if is_tokenized(row):
-        return {name: list(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-    prompt, chosen, rejected = _parts(row)
+        return {**{name: _lists(row[name]) for name in ID_COLUMNS[data]}, **kept}
+    prompt, answers = _parts(row, data)
     if is_chat(prompt):
         options = _template_options(row)
         prompt_ids = _render(tokenizer, prompt, add_generation_prompt=True, **options)
-        whole = [_render(tokenizer, prompt + answer, **options) for answer in (chosen, rejected)]
+        whole = [_render(tokenizer, prompt + answer, **options) for answer in answers]
     else:
         end = tokenizer.eos_token or ""
         prompt_ids = tokenizer(prompt)["input_ids"]
         if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not prompt.endswith(end):
             prompt_ids = prompt_ids[:-1]  # a tokenizer that ends every text would end the prompt, too
         whole = []
-        for answer in (chosen, rejected):
+        for answer in answers:
             ids = tokenizer(prompt + (answer if end and answer.endswith(end) else answer + end))["input_ids"]
             if len(ids) > 1 and ids[-1] == ids[-2] == tokenizer.eos_token_id:
                 ids = ids[:-1]
             whole.append(ids)
     shared = min(common_prefix_length(prompt_ids, ids) for ids in whole)
-    return {"prompt_ids": prompt_ids[:shared], "chosen_ids": whole[0][shared:], "rejected_ids": whole[1][shared:]}
+    completions = [ids[shared:] for ids in whole]
+    names = ID_COLUMNS[data][1:]
+    columns = [completions] if data == "lists" else completions
+    return {"prompt_ids": prompt_ids[:shared], **dict(zip(names, columns, strict=True)), **kept}
 
 
-def tokenized(row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, list[int]]:
+def _lists(ids: Any) -> list[Any]:
+    """Token ids, or lists of them, as lists."""
+    return [_lists(each) if isinstance(each, list | tuple | np.ndarray) else each for each in ids]
+
+
+def tokenized(row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
     """`tokenize_row`, where whatever the tokenizer or its chat template cannot take is told with the row.
 
     Raises:
@@ -55,13 +70,17 @@ def tokenized(row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, l
         raise DataError(f"{where}: it cannot be tokenized ({what}); mend the row or remove it.") from error
 
 
-def _parts(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Prompt, chosen, rejected; a missing prompt is what both answers begin with."""
+def _parts(row: Mapping[str, Any], data: str) -> tuple[Any, list[Any]]:
+    """Prompt and answers; a missing prompt of a pair is what both answers begin with."""
+    if data == "lists":
+        return row["prompt"], list(row["completions"])
+    if data == "answers":
+        return row["prompt"], [row["completion"]]
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is not None:
-        return row["prompt"], chosen, rejected
+        return row["prompt"], [chosen, rejected]
     shared = common_prefix_length(chosen, rejected)
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    return chosen[:shared], [chosen[shared:], rejected[shared:]]
 
 
 def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,28 @@ from fastdpo.types import DataError
 
 SIDES = ("chosen", "rejected")
 TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
-REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # sums of the reference's log-probs, where a row has them
+# The columns of token ids by what a row is: a pair, K ranked completions of a prompt, a single answer.
+ID_COLUMNS = {
+    "pairs": TOKENIZED,
+    "lists": ("prompt_ids", "completions_ids"),
+    "answers": ("prompt_ids", "completion_ids"),
+}
+# Sums of the reference's log-probs, where a row has them; of a list K of them, in the order of its completions.
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+REFERENCES = {"pairs": REF_COLUMNS, "lists": ("ref_logps",), "answers": ("ref_logps",)}
+# What else a row may carry for its batch.
+ROW_COLUMNS = {"pairs": ("pair_weight",), "lists": ("ranks", "pair_weight"), "answers": ("label", "pair_weight")}
 
 
 def is_tokenized(row: Mapping[str, Any]) -> bool:
-    return any(name in row for name in TOKENIZED)
+    return any(name in row for columns in ID_COLUMNS.values() for name in columns)
+
+
+def data_of(row: Mapping[str, Any]) -> str:
+    """What a row is, by its fields: "lists" (completions), "answers" (completion) or "pairs" (chosen, rejected)."""
+    if "completions" in row or "completions_ids" in row:
+        return "lists"
+    return "answers" if "completion" in row or "completion_ids" in row else "pairs"
 
 
 def is_chat(value: Any) -> bool:
@@ -43,14 +60,89 @@ def row_problem(row: Mapping[str, Any]) -> str | None:
     """What is wrong with the row and how to mend it, or None."""
     if is_tokenized(row):
         return _tokenized_problem(row)
+    problem = {"pairs": _pair_problem, "lists": _list_problem, "answers": _answer_problem}[data_of(row)](row)
+    if problem is None and row.get("prompt") is not None and _is_empty(row["prompt"]):
+        problem = "'prompt' is empty; write the question or remove the row."
+    return problem
+
+
+def _pair_problem(row: Mapping[str, Any]) -> str | None:
     for side in SIDES:
         if row.get(side) is None:
             return f"the field {side!r} is missing (found: {', '.join(row) or 'nothing'}); add it or remove the row."
-    kinds = {name: _kind(row[name]) for name in ("prompt", *SIDES) if row.get(name) is not None}
+    problem = _kinds_problem({name: row[name] for name in ("prompt", *SIDES) if row.get(name) is not None})
+    if problem is not None:
+        return problem
+    for side in SIDES:
+        if _is_empty(row[side]):
+            return f"{side!r} is empty; write an answer or remove the row."
+    if row["chosen"] == row["rejected"]:
+        return "'chosen' and 'rejected' are the same, so there is no preference to learn; change one or remove the row."
+    return _implicit_prompt_problem(row) if row.get("prompt") is None else None
+
+
+def _list_problem(row: Mapping[str, Any]) -> str | None:
+    completions = row.get("completions")
+    if not isinstance(completions, list | tuple):
+        return f"'completions' is {type(completions).__name__}; it must be a list of answers."
+    if row.get("prompt") is None:
+        return "the field 'prompt' is missing; add it."
+    problem = ranks_problem(len(completions), row.get("ranks"))
+    if problem is not None:
+        return problem
+    named = {f"completions[{place}]": answer for place, answer in enumerate(completions)}
+    problem = _kinds_problem({"prompt": row["prompt"], **named})
+    if problem is not None:
+        return problem
+    for place, (name, answer) in enumerate(named.items()):
+        if _is_empty(answer):
+            return f"{name} is empty; write an answer or leave it out."
+        if answer in completions[:place]:
+            return f"{name} stands in the list before, too, so the two cannot be ranked; leave one out."
+    return None
+
+
+def _answer_problem(row: Mapping[str, Any]) -> str | None:
+    for name in ("prompt", "completion"):
+        if row.get(name) is None:
+            return f"the field {name!r} is missing (found: {', '.join(row)}); add it or remove the row."
+    problem = _kinds_problem({name: row[name] for name in ("prompt", "completion")})
+    if problem is not None:
+        return problem
+    if _is_empty(row["completion"]):
+        return "'completion' is empty; write an answer or remove the row."
+    return _label_problem(row)
+
+
+def _label_problem(row: Mapping[str, Any]) -> str | None:
+    if isinstance(row.get("label"), bool | np.bool_):
+        return None
+    return f"'label' is {row.get('label')!r}; it must be true (a desirable answer) or false."
+
+
+def ranks_problem(count: int, ranks: Any) -> str | None:
+    """What is wrong with the ranks of `count` completions (1 is the best; without ranks, the first is), or None."""
+    if count < 2:
+        return f"a ranking needs at least two completions, and there are {count}; add some or remove the row."
+    if ranks is None:
+        return None
+    ranks = list(ranks)
+    if len(ranks) != count:
+        return f"there are {len(ranks)} ranks for {count} completions; give each completion one."
+    if any(isinstance(rank, bool) or not isinstance(rank, int | float | np.number) or rank != rank for rank in ranks):
+        return f"the ranks are {ranks}; they must be numbers, the smallest for the best."
+    if len(set(ranks)) < count:
+        return f"the ranks are {ranks}, and no two may be alike; leave one completion of a tie out."
+    return None
+
+
+def _kinds_problem(fields: Mapping[str, Any]) -> str | None:
+    """All of them text, or all of them messages."""
+    kinds = {name: _kind(value) for name, value in fields.items()}
     for name, kind in kinds.items():
         if kind is None:
             return (
-                f"{name!r} is {type(row[name]).__name__}; it must be text, or a list of messages "
+                f"{name!r} is {type(fields[name]).__name__}; it must be text, or a list of messages "
                 '{"role": ..., "content": ...}.'
             )
     if len(set(kinds.values())) > 1:
@@ -59,15 +151,6 @@ def row_problem(row: Mapping[str, Any]) -> str | None:
             + ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
             + "); write all of them in one way."
         )
-    for side in SIDES:
-        if _is_empty(row[side]):
-            return f"{side!r} is empty; write an answer or remove the row."
-    if row["chosen"] == row["rejected"]:
-        return "'chosen' and 'rejected' are the same, so there is no preference to learn; change one or remove the row."
-    if row.get("prompt") is None:
-        return _implicit_prompt_problem(row)
-    if _is_empty(row["prompt"]):
-        return "'prompt' is empty; write the question or remove the row."
     return None
 
 
@@ -105,15 +188,22 @@ def _implicit_prompt_problem(row: Mapping[str, Any]) -> str | None:
 
 
 def _tokenized_problem(row: Mapping[str, Any]) -> str | None:
-    for name in TOKENIZED:
+    data = data_of(row)
+    for name in ID_COLUMNS[data]:
         ids = row.get(name)
         if ids is None:
-            return f"the field {name!r} is missing; tokenized rows need {', '.join(TOKENIZED)}."
-        if not _are_ids(ids):
+            return f"the field {name!r} is missing; tokenized rows need {', '.join(ID_COLUMNS[data])}."
+        if name == "completions_ids":
+            if not (isinstance(ids, list | tuple) and all(_are_ids(each) for each in ids)):
+                return f"{name!r} must be a list of lists of token ids (integers from 0)."
+        elif not _are_ids(ids):
             return f"{name!r} must be a list of token ids (integers from 0)."
-    for name in TOKENIZED[1:]:
-        if not len(row[name]):
+        if name != "prompt_ids" and not all(map(len, ids if name == "completions_ids" else [ids])):
             return f"{name!r} is empty; write an answer or remove the row."
+    if data == "answers":
+        return _label_problem(row)
+    if data == "lists":
+        return ranks_problem(len(row["completions_ids"]), row.get("ranks"))
     if list(row["chosen_ids"]) == list(row["rejected_ids"]):
         return "'chosen_ids' and 'rejected_ids' are the same, so there is no preference to learn; remove the row."
     return None

@@ -11,22 +11,41 @@ from fastdpo.packing.layout import PackedLayout
 
 
 class PreferenceBatch(dict):
-    """B pairs, ready for a model pass. A dict, so that trainers and data loaders handle it; fields read as attributes.
+    """B pairs (or ranked lists, or single answers), S sequences, ready for a model pass.
+
+    A dict, so that trainers and data loaders handle it; fields read as attributes.
 
     packing          "prefix", "varlen" or "padded"
-    input_ids        (1, T) packed, or (2B, T) padded on the right, chosen rows first
+    input_ids        (1, T) packed, or (S, T) padded on the right, in the order of the sequences
     position_ids     as input_ids
-    attention_mask   (2B, T), padded only
+    attention_mask   (S, T), padded only
     layout           PackedLayout, packed only
-    target_rows      (N,) rows of the flattened hidden states (T or 2B * T of them) that predict completion tokens
-    target_ids       (N,) those tokens, pair by pair: first the chosen completion's, then the rejected one's
-    sequence_ids     (N,) in [0, 2B): chosen i is i, rejected i is B + i
-    tokens_per_pair  B host integers: how many of the N targets belong to each pair
+    target_rows      (N,) rows of the flattened hidden states (T or S * T of them) that predict completion tokens
+    target_ids       (N,) those tokens, pair by pair: first the chosen completion's, then the rejected one's; a list's
+                     from the best completion to the worst
+    sequence_ids     (N,) in [0, S). Pairs: chosen i is i, rejected i is B + i; lists: list behind list; answers: i, and
+                     behind them as many answers to other prompts than theirs (`mismatched`)
+    tokens_per_pair  B host integers: how many of the N targets belong to each pair; mismatched answers' come behind
+    num_sequences    S
     num_tokens       tokens that the backbone runs through, padding counted
     unshared_tokens  tokens with every prompt repeated, without padding
-    ref_logps        (2B,) the reference's sums, where the rows carry them
+    list_sizes       lists only: B host integers, the completions of each
+    desirable        answers only: (B,) bool
+    ref_logps        (S,) the reference's sums, where the rows carry them
+    pair_weights     (B,) where the rows carry weights; total_weight is their sum on the host
+    mean_chosen_length  of a batch in parts: mean tokens of the whole batch's chosen answers
     weight           0 where the batch only keeps step with other processes; default 1
     """
+
+    @property
+    def data(self) -> str:
+        """What its rows are: "pairs", "lists" or "answers"."""
+        return "lists" if "list_sizes" in self else "answers" if "desirable" in self else "pairs"
+
+    @property
+    def total_weight(self) -> float:
+        """Of all pairs, on the host; their number where the rows carry no weights."""
+        return self.get("total_weight", float(self.num_pairs))
 
     def __getattr__(self, name: str) -> Any:
         try:

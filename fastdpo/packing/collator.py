@@ -8,8 +8,19 @@ from typing import Any
 
 import torch
 
-from fastdpo.data.validate import REF_COLUMNS, TOKENIZED
+from fastdpo.data.validate import data_of
 from fastdpo.packing.batch import PreferenceBatch
+from fastdpo.packing.groups import (
+    Grouping,
+    PromptCompletion,
+    best_first,
+    completions_of,
+    desirable,
+    kind_of_rows,
+    mismatched_completions,
+    references,
+    weights,
+)
 from fastdpo.packing.layout import pack
 from fastdpo.packing.microbatch import Cost, MicroBatches, even_cuts, fewest, packed_cost, padded_cost
 from fastdpo.packing.padding import pad
@@ -17,12 +28,15 @@ from fastdpo.packing.tree import pays
 
 PACKINGS = ("prefix", "varlen", "padded")
 TRUNCATION_MODES = ("keep_start", "keep_end")
-PromptCompletion = tuple[Sequence[int], Sequence[int]]  # (prompt, completion)
 
 
 @dataclass(frozen=True)
 class PreferenceCollator:
-    """Rows with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of token ids) into a batch.
+    """Rows of token ids into a batch. By their fields the rows of a batch are
+
+        pairs     `prompt_ids`, `chosen_ids`, `rejected_ids`
+        lists     `prompt_ids`, `completions_ids` (K lists), `ranks` (1 the best, no two alike; default: as they come)
+        answers   `prompt_ids`, `completion_ids`, `label` (True: desirable)
 
     packing          "prefix": one row, each pair's prompt once. "varlen": one row, prompts repeated. "padded": a
                      rectangle, as other libraries run it.
@@ -32,8 +46,16 @@ class PreferenceCollator:
     pad_to_multiple_of  for "padded"
     max_tokens_per_microbatch  where given, a batch comes as MicroBatches: cut so that the backbone runs through at most
                      so many tokens at a time
+    mismatched       of answers: whether each prompt also gets the answer to another, of which `kto` estimates the KL
+                     divergence: the row's `KL_completion_ids`, or the answer of the row before in the batch
 
-    Rows that carry `ref_chosen_logps` and `ref_rejected_logps` give the batch its `ref_logps`.
+    Rows that carry the reference's sums (pairs: `ref_chosen_logps` and `ref_rejected_logps`; lists: `ref_logps`, K of
+    them; answers: `ref_logps`, and `ref_KL_logps` for the mismatched) give the batch its `ref_logps`; rows with a
+    `pair_weight` its `pair_weights`.
+
+    Raises:
+        ValueError: rows of several kinds or without token ids, a list of fewer than two completions, ranks with ties, a
+            label that is no bool, a reference or weight that is no finite number; with the number of the row.
     """
 
     packing: str = "prefix"
@@ -42,6 +64,7 @@ class PreferenceCollator:
     pad_token_id: int = 0
     pad_to_multiple_of: int | None = None
     max_tokens_per_microbatch: int | None = None
+    mismatched: bool = True
 
     def __post_init__(self) -> None:
         if self.packing not in PACKINGS:
@@ -69,29 +92,52 @@ class PreferenceCollator:
             count = 1 if self.max_tokens_per_microbatch is None else fewest(
                 len(rows), self.max_tokens_per_microbatch, cost
             )  # fmt: skip
+        if rows and count > 1 and kind_of_rows(rows) == "answers" and self.mismatched:
+            raise ValueError(
+                "a batch of single answers cannot be cut into micro-batches: its KL estimate is one of the whole "
+                "batch; set max_tokens_per_microbatch=None, or mismatched=False for a loss without the estimate."
+            )
         cuts = even_cuts(len(rows), count, cost) if rows else [(0, 0)]
-        return MicroBatches(tuple(self.batch(rows[first:end]) for first, end in cuts), rows, self, count)
+        parts = tuple(self.batch(rows[first:end]) for first, end in cuts)
+        if len(parts) > 1 and kind_of_rows(rows) == "pairs":
+            mean = _mean_chosen_length(parts)
+            for part in parts:
+                part["mean_chosen_length"] = mean
+        return MicroBatches(parts, rows, self, count)
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         if not rows:
             raise ValueError("the batch holds no row; leave empty batches out.")
-        pairs = [self.sequences(row) for row in rows]
-        batch = self._padded(pairs) if self.packing == "padded" else self._packed(pairs)
-        given = [name for name in REF_COLUMNS if name in rows[0]]
-        if len(given) == 1:
-            raise ValueError(f"the rows have {given[0]} but not the other one of ref_chosen_logps, ref_rejected_logps.")
-        if given:
-            values = [[float(row[name]) for row in rows] for name in given]
-            batch["ref_logps"] = torch.tensor(values, dtype=torch.float32).view(-1)
+        data = kind_of_rows(rows)
+        groups = tuple(map(self._group, rows))
+        if data == "answers" and self.mismatched:
+            others = mismatched_completions(rows)
+            pairs = zip(rows, others, strict=True)
+            grouping = Grouping(data, groups, tuple(self._cut(row["prompt_ids"], other) for row, other in pairs))
+        else:
+            grouping = Grouping(data, groups)
+        batch = self._padded(grouping) if self.packing == "padded" else self._packed(grouping)
+        if data == "lists":
+            batch["list_sizes"] = tuple(map(len, groups))
+        if data == "answers":
+            batch["desirable"] = desirable(rows)
+        refs, row_weights = references(rows, data), weights(rows)
+        if refs is not None:
+            batch["ref_logps"] = refs
+        if row_weights is not None:
+            batch["pair_weights"] = torch.tensor(row_weights, dtype=torch.float32)
+            batch["total_weight"] = sum(row_weights)
         return batch
 
-    def sequences(self, row: Mapping[str, Any]) -> tuple[PromptCompletion, PromptCompletion]:
-        """(prompt, completion) of the chosen and of the rejected answer, truncated."""
-        missing = [name for name in TOKENIZED if name not in row]
-        if missing:
-            raise ValueError(f"a row has no {missing[0]}; the collator takes tokenized rows (see fastdpo.data).")
-        prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
-        return self._cut(prompt, chosen), self._cut(prompt, rejected)
+    def sequences(self, row: Mapping[str, Any]) -> tuple[PromptCompletion, ...]:
+        """(prompt, completion) of each answer of a row, truncated; of a pair, chosen and rejected."""
+        kind_of_rows([row])
+        return tuple(self._cut(row["prompt_ids"], completion) for completion in completions_of(row))
+
+    def _group(self, row: Mapping[str, Any]) -> tuple[PromptCompletion, ...]:
+        """`sequences` in the order of a batch: those of a ranked list from best to worst."""
+        sequences = self.sequences(row)
+        return tuple(sequences[place] for place in best_first(row)) if data_of(row) == "lists" else sequences
 
     def _cut(self, prompt: Sequence[int], completion: Sequence[int]) -> PromptCompletion:
         length = len(prompt) + len(completion)
@@ -103,32 +149,30 @@ class PreferenceCollator:
         dropped = length - self.max_length
         return prompt[dropped:], completion[max(0, dropped - len(prompt)) :]
 
-    def _cost(self, pairs: list[tuple[PromptCompletion, PromptCompletion]]) -> Cost:
-        """Tokens of a run of these pairs in one forward pass: exact, but for beginnings shared beyond whole prompts."""
-        lengths = [[len(prompt) + len(completion) for prompt, completion in pair] for pair in pairs]
+    def _cost(self, groups: Sequence[Sequence[PromptCompletion]]) -> Cost:
+        """Tokens that a run of these groups takes in a pass: exact, but for beginnings shared beyond whole prompts."""
+        lengths = [[len(prompt) + len(completion) for prompt, completion in group] for group in groups]
         if self.packing == "padded":
-            return padded_cost([max(both) for both in lengths], self.pad_to_multiple_of)
+            return padded_cost([max(own) for own in lengths], list(map(len, groups)), self.pad_to_multiple_of)
         if self.packing == "varlen":
-            return packed_cost([sum(both) for both in lengths], [0] * len(pairs))
-        prompts = [chosen[0] if len(chosen[0]) == len(rejected[0]) else [] for chosen, rejected in pairs]
-        sizes = [sum(both) - self._saved(prompt, sum(both)) for both, prompt in zip(lengths, prompts, strict=True)]
+            return packed_cost([sum(own) for own in lengths], [0] * len(groups))
+        prompts = [group[0][0] if len({len(prompt) for prompt, _ in group}) == 1 else [] for group in groups]
+        sizes = [
+            sum(own) - self._saved(prompt, len(own) - 1, sum(own)) for own, prompt in zip(lengths, prompts, strict=True)
+        ]
         again = [
-            self._saved(prompt, sum(both)) if before is not None and list(before) == list(prompt) else 0
-            for both, before, prompt in zip(lengths, [None, *prompts], prompts, strict=False)
+            self._saved(prompt, 1, sum(own)) if before is not None and list(before) == list(prompt) else 0
+            for own, before, prompt in zip(lengths, [None, *prompts], prompts, strict=False)
         ]
         return packed_cost(sizes, again)
 
     @staticmethod
-    def _saved(prompt: Sequence[int], gathered: int) -> int:
-        """Tokens of a prompt that its pair need not run again, where sharing them pays (`fastdpo.packing.tree`)."""
-        return len(prompt) if pays(len(prompt), gathered) else 0
+    def _saved(prompt: Sequence[int], times: int, gathered: int) -> int:
+        """Tokens of a prompt that need not be run again, where sharing them pays (`fastdpo.packing.tree`)."""
+        return len(prompt) * times if pays(len(prompt) * times, gathered) else 0
 
-    def _packed(self, pairs: list[tuple[PromptCompletion, PromptCompletion]]) -> PreferenceBatch:
-        sequences = [sequence for pair in pairs for sequence in pair]
-        packed = pack(sequences, share=self.packing == "prefix")
-        num_pairs = len(pairs)
-        # They were packed as chosen 0, rejected 0, chosen 1, ...; a batch numbers all chosen first, then all rejected.
-        pair_ids, is_rejected = packed.sequence_numbers // 2, packed.sequence_numbers % 2
+    def _packed(self, grouping: Grouping) -> PreferenceBatch:
+        packed = pack(grouping.sequences, share=self.packing == "prefix")
         return PreferenceBatch(
             packing=self.packing,
             input_ids=packed.input_ids,
@@ -136,19 +180,20 @@ class PreferenceCollator:
             layout=packed.layout,
             target_rows=packed.target_rows,
             target_ids=packed.target_ids,
-            sequence_ids=pair_ids + num_pairs * is_rejected,
-            tokens_per_pair=tuple(map(sum, zip(packed.target_counts[::2], packed.target_counts[1::2], strict=True))),
+            sequence_ids=torch.from_numpy(grouping.ids())[packed.sequence_numbers],
+            tokens_per_pair=grouping.tokens_per_group(packed.target_counts),
+            num_sequences=len(grouping.sequences),
             num_tokens=packed.input_ids.shape[1],
             unshared_tokens=packed.unshared_tokens,
         )
 
-    def _padded(self, pairs: list[tuple[PromptCompletion, PromptCompletion]]) -> PreferenceBatch:
-        num_pairs = len(pairs)
-        sequences = [pair[side] for side in (0, 1) for pair in pairs]
-        rows = pad(sequences, self.pad_token_id, self.pad_to_multiple_of)
-        order = [number for i in range(num_pairs) for number in (i, num_pairs + i)]  # pair by pair
-        target_rows = torch.cat([rows.target_rows[number] for number in order])
-        counts = torch.tensor([len(rows.target_rows[number]) for number in order])
+    def _padded(self, grouping: Grouping) -> PreferenceBatch:
+        ids = grouping.ids()
+        order = ids.argsort()  # the rows of the rectangle: of pairs, all chosen first
+        sequences = grouping.sequences
+        rows = pad([sequences[number] for number in order], self.pad_token_id, self.pad_to_multiple_of)
+        target_rows = torch.cat([rows.target_rows[number] for number in ids])  # group by group
+        counts = [len(rows.target_rows[number]) for number in ids]
         return PreferenceBatch(
             packing="padded",
             input_ids=rows.input_ids,
@@ -156,8 +201,19 @@ class PreferenceCollator:
             attention_mask=rows.attention_mask,
             target_rows=target_rows,
             target_ids=rows.targets(target_rows),
-            sequence_ids=torch.tensor(order).repeat_interleave(counts),
-            tokens_per_pair=tuple(counts.view(-1, 2).sum(1).tolist()),
+            sequence_ids=torch.from_numpy(ids.repeat(counts)),
+            tokens_per_pair=grouping.tokens_per_group(counts),
+            num_sequences=len(sequences),
             num_tokens=rows.input_ids.numel(),
             unshared_tokens=int(rows.attention_mask.sum()),
         )
+
+
+def _mean_chosen_length(parts: Sequence[PreferenceBatch]) -> float:
+    """Mean targets of the chosen answers of all parts, by the pairs' weights; on the host."""
+    total = tokens = 0.0
+    for part in parts:
+        counts = torch.bincount(part["sequence_ids"], minlength=part["num_sequences"])[: part.num_pairs]
+        own = part.get("pair_weights", torch.ones(part.num_pairs)).double()
+        total, tokens = total + float(own.sum()), tokens + float((own * counts).sum())
+    return tokens / total if total else 0.0

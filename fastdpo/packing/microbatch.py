@@ -40,6 +40,10 @@ class MicroBatches:
     def num_pairs(self) -> int:
         return len(self.rows)
 
+    @property
+    def total_weight(self) -> float:
+        return sum(part.total_weight for part in self.parts)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatches:
         return replace(self, parts=tuple(part.to(device, non_blocking=non_blocking) for part in self.parts))
 
@@ -95,11 +99,12 @@ def packed_cost(sizes: Sequence[int], shared: Sequence[int]) -> Cost:
     return cost
 
 
-def padded_cost(widths: Sequence[int], multiple_of: int | None) -> Cost:
-    """Two rows a pair, all as wide as the widest."""
+def padded_cost(widths: Sequence[int], rows: Sequence[int], multiple_of: int | None) -> Cost:
+    """`rows[i]` rows of pair i, all of a run as wide as the widest."""
+    total = [0, *accumulate(rows)]
 
     def cost(first: int, end: int) -> int:
         width = max(widths[first:end])
-        return 2 * (end - first) * (-(-width // multiple_of) * multiple_of if multiple_of else width)
+        return (total[end] - total[first]) * (-(-width // multiple_of) * multiple_of if multiple_of else width)
 
     return cost

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numbers
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastdpo.data.validate import REF_COLUMNS
+from fastdpo.data.validate import REF_COLUMNS, REFERENCES, data_of
 from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache
 from fastdpo.reference.fingerprint import sequence_key
@@ -20,6 +21,22 @@ from fastdpo.types import DataError, UserError
 _ROWS = 4096  # whose log-probs are read at a time
 
 
+@dataclass(frozen=True)
+class RowKeys:
+    """The S sequences of a data set's rows, row by row.
+
+    data    "pairs", "lists" or "answers"
+    keys    (S, 16) uint8
+    tokens  (S,) those that are scored
+    counts  (rows,) sequences of each row
+    """
+
+    data: str
+    keys: np.ndarray
+    tokens: np.ndarray
+    counts: np.ndarray
+
+
 def reference_columns(
     cache: ReferenceCache,
     dataset: Iterable[Mapping[str, Any]],
@@ -28,10 +45,13 @@ def reference_columns(
     *,
     tokenizer: Any = None,
     ld_alpha: float | None = None,
-) -> dict[str, list[float]]:
+) -> dict[str, list[Any]]:
     """{"ref_chosen_logps", "ref_rejected_logps"}: the sum of log-probs of both answers of each row, from the cache.
 
-    `ld_alpha` weighs the tokens of an answer that the other is too short for:
+    Of rows that are ranked lists {"ref_logps"}: lists of K sums, in the order of the row's completions; of single
+    answers {"ref_logps"}, one sum each.
+
+    `ld_alpha` weighs the tokens of a pair's answer that the other is too short for:
 
         sum_{t < m} logps[t] + ld_alpha * sum_{t >= m} logps[t]         m = min(tokens of chosen, tokens of rejected)
 
@@ -40,23 +60,38 @@ def reference_columns(
     Raises:
         UserError: the cache lacks some, or keeps only sums where `ld_alpha` needs each token.
     """
-    return cached_columns(cache, *row_keys(dataset, max_length, truncation_mode, tokenizer), ld_alpha)
+    return cached_columns(cache, row_keys(dataset, max_length, truncation_mode, tokenizer), ld_alpha)
 
 
-def cached_columns(
-    cache: ReferenceCache, keys: np.ndarray, tokens: np.ndarray, ld_alpha: float | None = None
-) -> dict[str, list[float]]:
+def cached_columns(cache: ReferenceCache, rows: RowKeys, ld_alpha: float | None = None) -> dict[str, list[Any]]:
     """`reference_columns` of rows whose `row_keys` are known."""
-    found, sums, _ = cache.lookup(keys.reshape(-1, keys.shape[-1]))
+    found, sums, _ = cache.lookup(rows.keys)
     if not found.all():
         raise UserError(
             f"{cache.path} lacks {int((~found).sum()):,} of {len(found):,} sequences; compute them with "
             "fastdpo.precompute."
         )
-    sums = sums.reshape(-1, 2)
+    names = REFERENCES[rows.data]
+    if rows.data == "pairs":
+        sums = sums.reshape(-1, 2)
+        if ld_alpha is not None:
+            keys, tokens = rows.keys.reshape(-1, 2, KEY_BYTES), rows.tokens.reshape(-1, 2)
+            sums = _length_desensitized(cache, keys, sums, tokens, ld_alpha)
+        return {name: sums[:, side].tolist() for side, name in enumerate(names)}
     if ld_alpha is not None:
-        sums = _length_desensitized(cache, keys, sums, tokens, ld_alpha)
-    return {name: sums[:, side].tolist() for side, name in enumerate(REF_COLUMNS)}
+        raise UserError(f"ld_alpha={ld_alpha} compares the two answers of a pair, and the rows are {rows.data}.")
+    if rows.data == "answers":
+        return {names[0]: sums.tolist()}
+    return {names[0]: [part.tolist() for part in np.split(sums, np.cumsum(rows.counts)[:-1])]}
+
+
+def add_reference_columns(
+    cache: ReferenceCache, rows: Sequence[Mapping[str, Any]], **options: Any
+) -> list[dict[str, Any]]:
+    """The rows, each with its `reference_columns`; `options` are those of `reference_columns`."""
+    columns = reference_columns(cache, rows, **options)
+    values = zip(*columns.values(), strict=True)
+    return [{**row, **dict(zip(columns, own, strict=True))} for row, own in zip(rows, values, strict=True)]
 
 
 def import_columns(
@@ -82,25 +117,42 @@ def import_columns(
             sums.append((_sum(row, REF_COLUMNS[0], number), _sum(row, REF_COLUMNS[1], number)))
             yield row
 
-    keys, tokens = row_keys(rows(), max_length, truncation_mode, tokenizer)
-    keys, first = np.unique(keys.reshape(-1, KEY_BYTES), axis=0, return_index=True)
+    own = row_keys(rows(), max_length, truncation_mode, tokenizer)
+    if own.data != "pairs":
+        raise UserError(f"the rows are {own.data}; columns are taken from pairs only.")
+    keys, first = np.unique(own.keys, axis=0, return_index=True)
     new = ~cache.lookup(keys)[0]
     if new.any():
-        cache.add_sums(keys[new], tokens.reshape(-1)[first][new], np.array(sums).reshape(-1)[first][new])
+        cache.add_sums(keys[new], own.tokens[first][new], np.array(sums).reshape(-1)[first][new])
     return int(new.sum())
 
 
 def row_keys(
     dataset: Iterable[Mapping[str, Any]], max_length: int | None, truncation_mode: str, tokenizer: Any = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Keys (rows, 2, 16) uint8 and scored tokens (rows, 2) of the chosen and the rejected answer of each row."""
+) -> RowKeys:
+    """Keys and scored tokens of the answers of each row.
+
+    Raises:
+        DataError: a row that cannot be used, or of another kind than the first.
+    """
     reader = Reader(PreferenceCollator(max_length=max_length, truncation_mode=truncation_mode), tokenizer)
-    keys, tokens = bytearray(), array("q")
+    keys, tokens, counts = bytearray(), array("q"), array("q")
+    data = "pairs"
     for number, row in enumerate(token_rows(dataset)):
-        for prompt, completion in reader.sequences(row, number):
+        data = data_of(row) if number == 0 else data
+        if data_of(row) != data:
+            raise DataError(f"{place(number)} is one of {data_of(row)}, and the rows before are {data}; part them.")
+        sequences = reader.sequences(row, number)
+        counts.append(len(sequences))
+        for prompt, completion in sequences:
             keys += sequence_key(prompt, completion)
             tokens.append(max(0, len(completion) - (not len(prompt))))  # nothing predicts the very first token
-    return np.frombuffer(bytes(keys), np.uint8).reshape(-1, 2, KEY_BYTES), np.array(tokens, np.int64).reshape(-1, 2)
+    return RowKeys(
+        data,
+        np.frombuffer(bytes(keys), np.uint8).reshape(-1, KEY_BYTES),
+        np.array(tokens, np.int64),
+        np.array(counts, np.int64),
+    )
 
 
 def _length_desensitized(

@@ -73,7 +73,7 @@ def recheck(
                 own = float(own_logps(model, prompt, completion).double().sum())
                 off = max(0.0, abs(own - float(held)) - _LOGIT.get(dtype, 0.0)) / max(1, int(count))
                 worst = max(worst, (off if off == off else float("inf"), number))
-    return Recheck(2 * len(drawn), *worst, _TOLERANCE.get(dtype, 1e-4))
+    return Recheck(sum(len(sequences) for _, sequences in drawn), *worst, _TOLERANCE.get(dtype, 1e-4))
 
 
 def _drawn(dataset: Any, reader: Reader, cache: ReferenceCache, count: int, draw: random.Random) -> list[Any]:

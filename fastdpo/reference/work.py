@@ -18,7 +18,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastdpo.data.tokenize import tokenized
-from fastdpo.data.validate import TOKENIZED, common_prefix_length, is_tokenized, row_problem
+from fastdpo.data.validate import (
+    ID_COLUMNS,
+    TOKENIZED,
+    common_prefix_length,
+    data_of,
+    is_tokenized,
+    ranks_problem,
+    row_problem,
+)
 from fastdpo.models import PositionLimit
 from fastdpo.packing import PreferenceCollator
 from fastdpo.packing.collator import PromptCompletion
@@ -122,22 +130,22 @@ class Reader:
         if failure is not None:
             raise failure
 
-    def sequences(self, row: Mapping[str, Any], number: int) -> tuple[PromptCompletion, PromptCompletion]:
-        """(prompt, completion) of the chosen and of the rejected answer of a row, as they are scored.
+    def sequences(self, row: Mapping[str, Any], number: int) -> tuple[PromptCompletion, ...]:
+        """(prompt, completion) of each answer of a row, as they are scored: chosen and rejected; best to worst.
 
         Raises:
             DataError: the row cannot be used; its number and the remedy.
         """
         return self._sequences(self._checked(row, number), number)
 
-    def _sequences(self, row: Mapping[str, Any], number: int) -> tuple[PromptCompletion, PromptCompletion]:
+    def _sequences(self, row: Mapping[str, Any], number: int) -> tuple[PromptCompletion, ...]:
         """Of a row that is checked."""
         if not is_tokenized(row):
             row = self._checked(tokenized(row, self.tokenizer, place(number)), number)
-        both = self.collator.sequences(row)
-        for prompt, completion in both:
+        sequences = self.collator.sequences(row)
+        for prompt, completion in sequences:
             self._check_length(len(prompt) + len(completion), number)
-        return both
+        return sequences
 
     def _take(self, row: Mapping[str, Any], number: int, prompts: dict[bytes, Prompt]) -> int:
         """Adds the sequences of a row that is checked; returns its tokens."""
@@ -154,7 +162,7 @@ class Reader:
     def _checked(self, row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
         """Rows of token ids as arrays; rows of text as they are, without fields that are None."""
         if is_tokenized(row):
-            return {name: self._ids(row, name, number) for name in TOKENIZED}
+            return self._checked_ids(row, number)
         row = {name: value for name, value in row.items() if value is not None}
         problem = row_problem(row)
         if problem is None and self.tokenizer is None:
@@ -163,13 +171,30 @@ class Reader:
             raise DataError(f"{place(number)}: {problem}")
         return row
 
-    def _ids(self, row: Mapping[str, Any], name: str, number: int) -> np.ndarray:
-        if row.get(name) is None:
-            raise DataError(
-                f"{place(number)}: the field {name!r} is missing; tokenized rows need {', '.join(TOKENIZED)}."
-            )
+    def _checked_ids(self, row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        data = data_of(row)
+        columns = ID_COLUMNS[data]
+        for name in columns:
+            if row.get(name) is None:
+                raise DataError(
+                    f"{place(number)}: the field {name!r} is missing; tokenized rows need {', '.join(columns)}."
+                )
+        if data != "lists":
+            return {name: self._ids(row[name], name, number) for name in columns}
+        problem = ranks_problem(len(row["completions_ids"]), row.get("ranks"))
+        if problem is not None:
+            raise DataError(f"{place(number)}: {problem}")
+        completions = [self._ids(ids, "completions_ids", number) for ids in row["completions_ids"]]
+        ranks = {} if row.get("ranks") is None else {"ranks": row["ranks"]}
+        return {
+            "prompt_ids": self._ids(row["prompt_ids"], "prompt_ids", number),
+            "completions_ids": completions,
+            **ranks,
+        }
+
+    def _ids(self, values: Any, name: str, number: int) -> np.ndarray:
         try:
-            ids = np.asarray(row[name])
+            ids = np.asarray(values)
         except ValueError:  # lists of unequal lengths in it
             ids = np.empty((0, 0))
         if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):

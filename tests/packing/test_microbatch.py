@@ -50,7 +50,7 @@ def test_parts_keep_to_the_budget(count, seed, budget, packing, multiple):
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), count=st.integers(1, 8), padded=st.booleans())
 def test_cuts_are_the_most_even_ones(sizes, count, padded):
     shared = [0, *(min(pair) // 2 for pair in pairwise(sizes))]
-    cost = padded_cost(sizes, None) if padded else packed_cost(sizes, shared)
+    cost = padded_cost(sizes, [2] * len(sizes), None) if padded else packed_cost(sizes, shared)
     count = min(count, len(sizes))
     cuts = even_cuts(len(sizes), count, cost)
     assert [first for first, _ in cuts] == [0, *(end for _, end in cuts[:-1])] and cuts[-1][1] == len(sizes)
