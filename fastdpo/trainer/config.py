@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +21,19 @@ SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length", "group_by_prom
 
 # Options of TRL's DPOConfig that fastdpo does not carry out yet: the value that changes nothing, and what to do.
 _NOT_YET: dict[str, tuple[Any, str]] = {
-    "f_divergence_type": ("reverse_kl", "use reverse_kl"),
-    "ld_alpha": (None, "leave it out"),
-    "use_weighting": (False, "leave it off"),
     "activation_offloading": (False, "leave it off; gradient_checkpointing=True saves activation memory"),
     "sync_ref_model": (False, "leave it off; the reference stays fixed"),
 }
+
+
+def _options_of(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f'loss_options is {text!r}; it must be a JSON object, as in {{"simpo_gamma": 1.0}}.')
+    return options
 
 
 def _help(text: str, default: Any = None, **kwargs: Any) -> Any:
@@ -83,11 +91,16 @@ class DPOConfig(TrainingArguments):
 
     router_aux_loss_coef: float | None = _help(
         "Weight of a mixture of experts' load-balancing loss; unset, that of the model's config.", None)  # fmt: skip
-    f_divergence_type: str = _help("Only reverse_kl is supported yet.", "reverse_kl")
-    f_alpha_divergence_coef: float = _help("For f_divergence_type=alpha_divergence.", 0.5)
-    ld_alpha: float | None = _help("Not supported yet.", None)
-    use_weighting: bool = _help("Not supported yet.", False)
+    f_divergence_type: str = _help(
+        "The f-divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence.", "reverse_kl")  # fmt: skip
+    f_alpha_divergence_coef: float = _help("alpha of f_divergence_type=alpha_divergence.", 0.5)
+    ld_alpha: float | None = _help("Weight of tokens beyond the pair's shorter answer, in [0, 1] (LD-DPO).", None)
+    use_weighting: bool = _help("Weigh pairs by how likely the policy is to give both answers (WPO).", False)
     discopop_tau: float = _help("For the loss discopop.", 0.05)
+    reference_free: bool = _help("Take the reference's log-probs as 0.", False)
+    loss_options: dict[str, Any] | str | None = _help(
+        "Further options of the losses, by name, as fastdpo.list_losses() has them (dpop_lambda, simpo_gamma, "
+        "cpo_alpha, your own).", None)  # fmt: skip
     activation_offloading: bool = _help("Not supported yet.", False)
     sync_ref_model: bool = _help("Not supported yet.", False)
     ref_model_mixup_alpha: float = _help("For sync_ref_model.", 0.6)
@@ -96,6 +109,8 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if isinstance(self.loss_options, str):  # from the command line
+            self.loss_options = _options_of(self.loss_options)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         # Newer transformers call it activation_checkpointing; the older name, which scripts use, stays good.
@@ -137,9 +152,25 @@ class DPOConfig(TrainingArguments):
             return None
         return int(self.pad_to_multiple_of)
 
+    def loss_arguments(self) -> dict[str, Any]:
+        """What the losses are resolved from: keywords of `fastdpo.linear_loss`."""
+        own = {
+            name: getattr(self, name)
+            for name in (
+                "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
+                "ld_alpha", "use_weighting", "discopop_tau", "reference_free",
+            )
+        }  # fmt: skip
+        further = self.loss_options or {}
+        assert isinstance(further, dict)
+        twice = [name for name in further if name in own]
+        if twice:
+            raise ValueError(f"loss_options has {twice[0]!r}, which is a field of the config; set {twice[0]} there.")
+        return own | further
+
     def losses(self) -> WeightedLosses:
         """The losses with their options; raises ValueError where they do not fit."""
-        return resolve_losses(self.loss_type, self.loss_weights, beta=self.beta, label_smoothing=self.label_smoothing)
+        return resolve_losses(**self.loss_arguments())
 
     def _check(self) -> None:
         for name, (neutral, remedy) in _NOT_YET.items():
@@ -147,6 +178,15 @@ class DPOConfig(TrainingArguments):
             if value != neutral:
                 raise ValueError(f"{name}={value!r} is not supported by this version of fastdpo; {remedy}.")
         losses = self.losses()
+        if losses.data not in ("pairs", "lists"):
+            raise ValueError(
+                f"loss_type {self.loss_type} is a loss of {losses.data}; DPOTrainer trains on pairs and ranked lists."
+            )
+        if losses.reference_free and self.precompute_ref_log_probs:
+            raise ValueError(
+                "reference_free=True and precompute_ref_log_probs=True (or ref_logps) contradict each other; leave one "
+                "of them out."
+            )
         choices = {
             "train_sampling_strategy": SAMPLING_STRATEGIES,
             "packing": ("auto", *PACKINGS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import numbers
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,21 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from fastdpo.data.tokenize import tokenized
-from fastdpo.data.validate import REF_COLUMNS, row_problem
+from fastdpo.data.validate import ID_COLUMNS, REF_COLUMNS, REFERENCES, ROW_COLUMNS, data_of, row_problem
+from fastdpo.losses import WeightedLosses
 from fastdpo.models import PositionLimit
 from fastdpo.types import DataError
 
 logger = logging.getLogger(__name__)
 
-_KEPT = ("prompt_ids", "chosen_ids", "rejected_ids", *REF_COLUMNS)
+# The columns of a tokenized data set, whatever its rows are.
+KEPT = tuple(
+    dict.fromkeys(
+        name
+        for data in ID_COLUMNS
+        for name in (*ID_COLUMNS[data], *REFERENCES[data], *ROW_COLUMNS[data])
+    )
+)  # fmt: skip
 
 
 def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> Any:
@@ -56,6 +65,35 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> An
     return kept
 
 
+def check_data(dataset: Any, losses: WeightedLosses, *, name: str) -> None:
+    """That a prepared data set, or None, is of rows that the losses are a function of.
+
+    Raises:
+        DataError: it is not; or its references cannot be those of `ld_alpha`.
+    """
+    if dataset is None:
+        return
+    columns = columns_of(dataset)
+    data = data_of(dict.fromkeys(columns))
+    if data != losses.data:
+        raise DataError(
+            f"the {name} data set holds {data}, and loss_type {losses.names} is a loss of {losses.data}; choose a loss "
+            f"of {data} (fastdpo.list_losses() has them)."
+        )
+    if losses.ld_alpha is not None and any(column in columns for column in REFERENCES[data]):
+        raise DataError(
+            f"the {name} data set has {', '.join(REFERENCES[data])}, sums over all tokens alike, and "
+            f"ld_alpha={losses.ld_alpha} weighs tokens; drop the columns and set ref_logps to a cache, which keeps "
+            "every token."
+        )
+
+
+def columns_of(dataset: Any) -> list[str]:
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    return list(next(iter(dataset), {}))  # a streamed data set learns its columns from its first row
+
+
 def _from_list(rows: list[dict[str, Any]], tokenizer: Any, name: str, progress: bool) -> Dataset:
     """Row by row: a list may mix text, messages and columns of any kind, which a table of rows could not hold."""
     if not rows:
@@ -67,13 +105,11 @@ def _from_list(rows: list[dict[str, Any]], tokenizer: Any, name: str, progress: 
 def _from_dataset(dataset: Any, tokenizer: Any, name: str, num_proc: int | None) -> Any:
     if isinstance(dataset, Dataset) and not len(dataset):
         raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
-    columns = dataset.column_names
-    if columns is None:  # a streamed data set learns its columns from its first row
-        columns = list(next(iter(dataset)))
+    columns = columns_of(dataset)
     options: dict[str, Any] = {"fn_kwargs": {"tokenizer": tokenizer, "name": name}, "with_indices": True}
     if isinstance(dataset, Dataset):
         options |= {"num_proc": num_proc, "desc": f"tokenizing {name}"}
-    return dataset.map(_tokenized, remove_columns=[column for column in columns if column not in _KEPT], **options)
+    return dataset.map(_tokenized, remove_columns=[column for column in columns if column not in KEPT], **options)
 
 
 def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str) -> dict[str, Any]:
@@ -85,45 +121,97 @@ def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str) -> d
     return {**tokenized(row, tokenizer, where), **_references(row, where)}
 
 
-def _references(row: dict[str, Any], where: str) -> dict[str, float]:
+def _references(row: dict[str, Any], where: str) -> dict[str, Any]:
     """The columns of reference log-probs, where the row has them."""
-    given = {name: row[name] for name in REF_COLUMNS if name in row}
-    if len(given) == 1:
+    data = data_of(row)
+    given = {name: row[name] for name in REFERENCES[data] if name in row}
+    if data == "lists" and given:
+        return {name: [_sum(value, name, where) for value in values] for name, values in given.items()}
+    if len(given) == 1 and data == "pairs":
         raise DataError(f"{where}: it has {next(iter(given))} but not the other of {', '.join(REF_COLUMNS)}; add it.")
-    for name, value in given.items():
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise DataError(f"{where}: {name!r} is {value!r}; it must be a sum of log-probs, a finite number.")
-    return given
+    return {name: _sum(value, name, where) for name, value in given.items()}
+
+
+def _sum(value: Any, name: str, where: str) -> float:
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise DataError(f"{where}: {name!r} is {value!r}; it must be a sum of log-probs, a finite number.")
+    return float(value)
 
 
 def _check_references(dataset: Dataset, name: str) -> None:
     """All rows have them, or none: a table fills what is missing with None."""
-    given = [column for column in REF_COLUMNS if column in dataset.column_names]
+    names = REFERENCES[data_of(dict.fromkeys(dataset.column_names))]
+    given = [column for column in names if column in dataset.column_names]
     if not given:
         return
     tables = dataset.select_columns(given).with_format("arrow").iter(10_000)
     lacking = sum(table[column].null_count for table in tables for column in given)
     if lacking:
         raise DataError(
-            f"{lacking // len(given)} of {len(dataset)} rows of the {name} data set have no {', '.join(REF_COLUMNS)}, "
+            f"{lacking // len(given)} of {len(dataset)} rows of the {name} data set have no {', '.join(names)}, "
             "and the others have; add them or drop the columns."
         )
 
 
-def token_counts(dataset: Dataset) -> np.ndarray:
-    """(rows, 3): tokens of prompt, chosen and rejected answer of each row."""
-    parts = []
-    for table in dataset.with_format("arrow").iter(batch_size=10_000):
-        parts.append(np.stack([pc.list_value_length(table[name]).to_numpy() for name in _KEPT[:3]], axis=1))
-    return np.concatenate(parts).astype(np.int64)
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a data set's rows.
+
+    prompt   (rows,)
+    answers  (S,) of each answer, row by row
+    counts   (rows,) answers of each row
+    """
+
+    prompt: np.ndarray
+    answers: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> TokenCounts:
+        names = ID_COLUMNS[data_of(dict.fromkeys(dataset.column_names))]
+        prompts, answers, counts = [], [], []
+        for table in dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=10_000):
+            prompts.append(_lengths(table["prompt_ids"]))
+            if "completions_ids" in names:
+                counts.append(_lengths(table["completions_ids"]))
+                answers.append(_lengths(table["completions_ids"].combine_chunks().flatten()))
+            else:
+                counts.append(np.full(len(table), len(names) - 1))
+                answers.append(np.stack([_lengths(table[name]) for name in names[1:]], axis=1).reshape(-1))
+        return cls(*(np.concatenate(parts).astype(np.int64) for parts in (prompts, answers, counts)))
+
+    def cut(self, max_length: int | None) -> TokenCounts:
+        """What is left at `max_length`."""
+        if max_length is None:
+            return self
+        prompt = np.minimum(self.prompt, max_length)
+        return replace(self, prompt=prompt, answers=np.minimum(self.answers, max_length - self._of_rows(prompt)))
+
+    def _of_rows(self, values: np.ndarray) -> np.ndarray:
+        return np.repeat(values, self.counts)
+
+    @property
+    def answer_total(self) -> np.ndarray:
+        """(rows,) of all answers of a row."""
+        return np.add.reduceat(self.answers, self._starts)
+
+    @property
+    def longest(self) -> np.ndarray:
+        """(rows,) of the prompt with the longest answer."""
+        return self.prompt + np.maximum.reduceat(self.answers, self._starts)
+
+    @property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum(self.counts) - self.counts
+
+    def differs(self, other: TokenCounts) -> np.ndarray:
+        """(rows,) bool."""
+        answers = np.logical_or.reduceat(self.answers != other.answers, self._starts)
+        return (self.prompt != other.prompt) | answers
 
 
-def cut_counts(counts: np.ndarray, max_length: int | None) -> np.ndarray:
-    """What is left of `token_counts` at `max_length`."""
-    if max_length is None:
-        return counts
-    prompt = np.minimum(counts[:, :1], max_length)
-    return np.concatenate([prompt, np.minimum(counts[:, 1:], max_length - prompt)], axis=1)
+def _lengths(lists: Any) -> np.ndarray:
+    return np.asarray(pc.list_value_length(lists).to_numpy(zero_copy_only=False))
 
 
 def check_lengths(dataset: Any, limit: PositionLimit | None, args: Any, *, name: str) -> None:
@@ -134,22 +222,23 @@ def check_lengths(dataset: Any, limit: PositionLimit | None, args: Any, *, name:
     """
     if not isinstance(dataset, Dataset):
         return
-    whole = token_counts(dataset)
-    counts = cut_counts(whole, args.max_length)
-    cut = int((whole != counts).any(1).sum())
+    whole = TokenCounts.of(dataset)
+    counts = whole.cut(args.max_length)
+    cut = int(whole.differs(counts).sum())
     if cut:
         logger.warning(
             "%d of %d rows of the %s data set are longer than max_length=%d and are cut (truncation_mode=%r).",
-            cut, len(whole), name, args.max_length, args.truncation_mode,
+            cut, len(dataset), name, args.max_length, args.truncation_mode,
         )  # fmt: skip
     budget = args.max_tokens_per_microbatch
-    if budget is not None and (alone := int((counts.sum(1) > budget).sum())):
+    tokens = counts.prompt + counts.answer_total
+    if budget is not None and (alone := int((tokens > budget).sum())):
         logger.warning(
             "%d of %d rows of the %s data set run alone: they take more tokens (up to %d) than "
             "max_tokens_per_microbatch=%d.",
-            alone, len(whole), name, counts.sum(1).max(), budget,
+            alone, len(dataset), name, tokens.max(), budget,
         )  # fmt: skip
-    longest = counts[:, 0] + counts[:, 1:].max(1)
+    longest = counts.longest
     too_long = 0 if limit is None else int((longest > limit.tokens).sum())
     if limit is not None and too_long:
         row = int(longest.argmax())

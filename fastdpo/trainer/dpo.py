@@ -25,7 +25,6 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from fastdpo.data.validate import REF_COLUMNS
 from fastdpo.device import freed_memory_kept
 from fastdpo.models import (
     causal_lm,
@@ -40,7 +39,7 @@ from fastdpo.reference.cache import default_cache_dir
 from fastdpo.reference.fill import about
 from fastdpo.scoring import sequence_logps
 from fastdpo.trainer.config import DPOConfig
-from fastdpo.trainer.dataset import check_lengths, prepare_dataset
+from fastdpo.trainer.dataset import KEPT, check_data, check_lengths, prepare_dataset
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.order import pair_sampler
 from fastdpo.trainer.passes import PATIENCE, HostCounts, agree, passes_of, without_exchange
@@ -49,6 +48,8 @@ from fastdpo.types import LossOutput, UserError
 from fastdpo.verify import choose_packing
 
 logger = logging.getLogger(__name__)
+
+_TINY = 1e-30  # in place of the weight of a step in which no pair weighs anything
 
 
 class DPOTrainer(Trainer):
@@ -118,6 +119,9 @@ class DPOTrainer(Trainer):
             eval_dataset = prepare(eval_dataset, name="eval")
 
         self._losses = args.losses()
+        evals = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
+        for name, dataset in {"train": train_dataset, **evals}.items():
+            check_data(dataset, self._losses, name=name)
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self.ref_model = ref_model
         super().__init__(
@@ -233,17 +237,16 @@ class DPOTrainer(Trainer):
     def _online_reference(self, batch: PreferenceBatch) -> Tensor:
         reference = self._reference
         with evaluating(reference), torch.no_grad(), self._adapters_off(), self.accelerator.autocast():
-            return sequence_logps(reference, batch, attention_backend=self.args.attention_backend)
+            return sequence_logps(
+                reference, batch, attention_backend=self.args.attention_backend, ld_alpha=self.args.ld_alpha
+            )
 
     # The loss
 
     def _loss_options(self) -> dict[str, Any]:
         return {
+            **self.args.loss_arguments(),
             "attention_backend": self.args.attention_backend,
-            "beta": self.args.beta,
-            "loss_type": self.args.loss_type,
-            "loss_weights": self.args.loss_weights,
-            "label_smoothing": self.args.label_smoothing,
             "reduction": "sum",
             "memory_budget": self.args.memory_budget,
             "router_aux_loss_coef": self._router_aux_loss_coef,
@@ -252,7 +255,7 @@ class DPOTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Sum of the losses of the batch's pairs over the pairs of the whole optimizer step.
+        """Sum of the losses of the batch's pairs over the pairs (or their weights) of the whole optimizer step.
 
         Added up over accumulation steps and averaged over processes, that is the mean over all pairs of the step.
         """
@@ -264,19 +267,20 @@ class DPOTrainer(Trainer):
         if inputs.get("weight", 1.0) == 0.0:
             return (output.loss * 0.0, output) if return_outputs else output.loss * 0.0
         mode = "train" if model.training else "eval"
-        mean = output.losses.detach().mean()
+        weight = inputs.total_weight
+        mean = output.losses.detach().sum() / max(weight, _TINY)
         metrics = output.metrics() if mode == "train" else {"loss": mean, **output.metrics()}
-        self._metrics[mode].add(metrics, inputs.num_pairs)
+        self._metrics[mode].add(metrics, inputs.num_pairs, loss=weight)
         if mode == "train":
             self._throughput.count(inputs, self._step_flops(inputs))
         if num_items_in_batch is None:
-            loss = output.loss / inputs.num_pairs
+            loss = output.loss / max(weight, _TINY)
         else:
-            loss = output.loss * (self.accelerator.num_processes / num_items_in_batch)
+            loss = output.loss * (self.accelerator.num_processes / max(num_items_in_batch, _TINY))
         return (loss, output) if return_outputs else loss
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], int]:
-        """The batches of an optimizer step, and its pairs over all processes."""
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], float]:
+        """The batches of an optimizer step, and what its pairs weigh over all processes: 1 each, or what rows say."""
         return agree(list(itertools.islice(epoch_iterator, num_batches)), self._host_counts)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -304,9 +308,9 @@ class DPOTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss, output = self.compute_loss(model, part, return_outputs=True)
             if part.get("weight", 1.0):
-                losses.append(loss * part.num_pairs)
+                losses.append(loss * part.total_weight)
                 rewards.append(torch.stack([output.chosen_rewards, output.rejected_rewards], dim=1))
-        loss = torch.stack(losses).sum() / inputs.num_pairs
+        loss = torch.stack(losses).sum() / max(inputs.total_weight, _TINY)
         if prediction_loss_only:
             return loss, None, None
         pairs = torch.cat(rewards)  # (B, 2)
@@ -342,7 +346,7 @@ class DPOTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REF_COLUMNS]
+            self._signature_columns = list(KEPT)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return int(sum(map(self._step_flops, passes_of(inputs))))
@@ -375,6 +379,7 @@ class DPOTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if eval_dataset is not None and not isinstance(eval_dataset, str | Mapping):
             eval_dataset = prepare_dataset(eval_dataset, self.processing_class, self.args, name="eval")
+            check_data(eval_dataset, self._losses, name="eval")
             if self._losses.needs_reference and not has_reference(eval_dataset):
                 self._check_reference_is_left()
                 if self._ref_cache is not None:

@@ -22,28 +22,31 @@ class MetricSums:
     def __init__(self) -> None:
         self._names: list[str] = []
         self._sums: Tensor | None = None
-        self._pairs = 0
+        self._counts: list[float] = []
 
-    def add(self, metrics: Mapping[str, Tensor], pairs: int) -> None:
+    def add(self, metrics: Mapping[str, Tensor], pairs: float, **weights: float) -> None:
+        """`weights`: of metrics that count by something else than the pairs."""
         names = list(metrics)
-        values = torch.stack([metrics[name].detach().float() for name in names]) * pairs
+        counts = [weights.get(name, pairs) for name in names]
+        values = torch.stack([metrics[name].detach().float() * n for name, n in zip(names, counts, strict=True)])
         if self._sums is None:
-            self._names, self._sums = names, values
+            self._names, self._sums, self._counts = names, values, counts
         else:
             assert names == self._names
             self._sums += values
-        self._pairs += pairs
+            self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
 
     def take(self, reduce: Any = None) -> dict[str, float]:
         """The means since the last call; `reduce` adds a tensor up over processes."""
         if self._sums is None:
             return {}
-        sums = torch.cat([self._sums, self._sums.new_tensor([self._pairs])])
+        sums = torch.cat([self._sums, self._sums.new_tensor(self._counts)])
         if reduce is not None:
             sums = reduce(sums)
-        *values, pairs = sums.tolist()
-        names, self._names, self._sums, self._pairs = self._names, [], None, 0
-        return {name: value / pairs for name, value in zip(names, values, strict=True)}
+        values, counts = sums.view(2, -1).tolist()
+        names, self._names, self._sums, self._counts = self._names, [], None, []
+        return {name: value / count if count else 0.0
+                for name, value, count in zip(names, values, counts, strict=True)}  # fmt: skip
 
 
 class Throughput:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from fastdpo.trainer.dataset import cut_counts, token_counts
+from fastdpo.trainer.dataset import TokenCounts
 from fastdpo.trainer.sampling import BalancedSampler, LengthGroupedSampler, PromptGroupedSampler, prompt_groups
 
 BALANCED = "batch_rebalance"
@@ -19,11 +19,11 @@ def pair_sampler(dataset: Dataset, args: Any, packing: str, batch_size: int, pro
     packing     decides what a row costs
     batch_size  pairs of a device batch, of which each of so many processes takes one in turn
     """
-    prompt, chosen, rejected = cut_counts(token_counts(dataset), args.max_length).T
+    counts = TokenCounts.of(dataset).cut(args.max_length)
     costs = {
-        "prefix": prompt + chosen + rejected,
-        "varlen": 2 * prompt + chosen + rejected,
-        "padded": 2 * (prompt + np.maximum(chosen, rejected)),
+        "prefix": counts.prompt + counts.answer_total,
+        "varlen": counts.counts * counts.prompt + counts.answer_total,
+        "padded": counts.counts * counts.longest,
     }[packing]
     seed = args.seed if args.data_seed is None else args.data_seed
     accumulation = args.gradient_accumulation_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -37,16 +38,26 @@ class HostCounts:
         return [each.tolist() for each in all_values]
 
 
-def agree(batches: Sequence[Any], counts: HostCounts) -> tuple[list[Any], int]:
-    """The batches of a step, each cut into as many passes on every process, and the step's pairs over all processes."""
+def agree(batches: Sequence[Any], counts: HostCounts) -> tuple[list[Any], float]:
+    """The batches of a step, each cut into as many passes on every process, and what the step's pairs weigh together,
+    over all processes: their number, where the rows carry no weights."""
     lengths = [len(batch) if isinstance(batch, MicroBatches) else 1 for batch in batches]
-    everywhere = counts.gather([sum(batch.num_pairs for batch in batches), *lengths])
-    pairs, *needed = zip(*everywhere, strict=True)
+    everywhere = counts.gather([_as_integer(sum(batch.total_weight for batch in batches)), *lengths])
+    weights, *needed = zip(*everywhere, strict=True)
     cut = [
         batch.into(max(each)) if isinstance(batch, MicroBatches) else batch
         for batch, each in zip(batches, needed, strict=True)
     ]
-    return cut, sum(pairs)
+    return cut, sum(map(_as_number, weights))
+
+
+def _as_integer(value: float) -> int:
+    """The bits of a float64, to be exchanged with integers."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def _as_number(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
 def passes_of(batch: Any) -> list[PreferenceBatch]:

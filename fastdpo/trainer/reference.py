@@ -10,24 +10,23 @@ from typing import Any
 import numpy as np
 from datasets import IterableDataset
 
-from fastdpo.data.validate import REF_COLUMNS
+from fastdpo.data.validate import REFERENCES, data_of
 from fastdpo.reference import ReferenceCache, fill_cache, reference_columns
 from fastdpo.reference.columns import cached_columns, row_keys
 from fastdpo.reference.folder import SHARDS
+from fastdpo.trainer.dataset import columns_of
 from fastdpo.trainer.passes import HostCounts
 
 
 def has_reference(dataset: Any) -> bool:
-    names = dataset.column_names
-    if names is None:  # a streamed data set learns its columns from its first row
-        names = list(next(iter(dataset), {}))
-    return all(name in names for name in REF_COLUMNS)
+    names = columns_of(dataset)
+    return all(name in names for name in REFERENCES[data_of(dict.fromkeys(names))])
 
 
 def with_reference(
     dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, **options: Any
 ) -> Any:
-    """The data set with `ref_chosen_logps` and `ref_rejected_logps`; `options` go to `fill_cache`.
+    """The data set with the reference's sums, as `reference_columns` has them; `options` go to `fill_cache`.
 
     What the cache lacks is divided among the processes by content. They wait for each other at the end alone, and need
     not share a file system: then each node computes for itself what it cannot see.
@@ -40,15 +39,15 @@ def with_reference(
     options |= {**cut, "batch_size": args.precompute_ref_batch_size, "progress": show}
     if isinstance(dataset, IterableDataset):
         return _streamed(dataset, cache, model, args, counts, cut, options)
-    keys, tokens = row_keys(dataset, **cut)
+    rows = row_keys(dataset, **cut)
     for index, number in _divisions(args):
         cache.reload()
-        if not _lacking(cache, keys, counts):
+        if not _lacking(cache, rows.keys, counts):
             break
         fill_cache(model, dataset, cache, shard_index=index, num_shards=number, **options)
     counts.gather([0])
     cache.reload()
-    for name, values in cached_columns(cache, keys, tokens).items():
+    for name, values in cached_columns(cache, rows, args.ld_alpha).items():
         dataset = dataset.add_column(name, values)
     return dataset
 
@@ -66,7 +65,7 @@ def _streamed(
 
     def look_up(batch: dict[str, list[Any]]) -> dict[str, list[float]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        return reference_columns(cache, rows, **cut)
+        return reference_columns(cache, rows, **cut, ld_alpha=args.ld_alpha)
 
     return dataset.map(look_up, batched=True, batch_size=64)
 
@@ -91,5 +90,5 @@ def _shards_seen(cache: ReferenceCache) -> int:
 
 def _lacking(cache: ReferenceCache, keys: np.ndarray, counts: HostCounts) -> int:
     """How many sequences any process cannot find."""
-    found, _, _ = cache.lookup(keys.reshape(-1, keys.shape[-1]))
+    found, _, _ = cache.lookup(keys)
     return sum(lacking for (lacking,) in counts.gather([int((~found).sum())]))
