@@ -13,7 +13,7 @@ help:
 	@echo "make demo      a small real model changes its mind, in minutes"
 	@echo "make test      the test suite        make lint      ruff and mypy       make format   ruff, writing"
 	@echo "make bench     fastdpo and TRL side by side on this machine's CPU       make tables   the README's tables"
-	@echo "make docs      docs/architectures.md, found by running tiny models"
+	@echo "make docs      the tables of docs/, from tiny models that run and from the registry of losses"
 	@echo "make test-gpu  the tests on a GPU    make bench-gpu the benchmarks on a GPU (both without .venv)"
 
 demo: $(VENV)/.demo
@@ -44,6 +44,7 @@ tables:
 	$(PYTHON) benchmarks/tables.py
 docs: $(VENV)/.dev
 	$(BIN)/python docs/architectures.py
+	$(BIN)/python docs/losses.py
 
 test-gpu:
 	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu.py test --results $(RESULTS)

@@ -1,0 +1,33 @@
+"""What the documentation of the losses says is what the registry holds, and its code runs."""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+import losses as losses_page  # noqa: E402
+
+import fastdpo  # noqa: E402
+from fastdpo.losses import REGISTRY  # noqa: E402
+
+
+def test_the_table_of_losses_is_that_of_the_registry(monkeypatch, capsys):
+    assert losses_page.main(["--check"]) == 0
+    monkeypatch.delitem(REGISTRY, "hinge")
+    assert losses_page.main(["--check"]) == 1 and "run: python docs/losses.py" in capsys.readouterr().out
+
+
+def test_the_loss_of_ones_own():
+    (block,) = re.findall(r"```python\n(.*?)```", losses_page.PAGE.read_text(), flags=re.DOTALL)
+    try:
+        exec(compile(block, "docs/losses.md", "exec"), {})
+        chosen, rejected = torch.tensor([-1.0, -4.0]), torch.tensor([-2.0, -2.0])
+        zeros = torch.zeros(2)
+        out = fastdpo.preference_loss(chosen, rejected, zeros, zeros, beta=0.5, loss_type="squared")
+        assert out.losses.tolist() == [0.25, 4.0]
+    finally:
+        REGISTRY.pop("squared", None)
