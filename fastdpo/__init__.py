@@ -30,6 +30,12 @@ _HOME = {
     "precompute": "fastdpo.reference",
     "DPOConfig": "fastdpo.trainer",
     "DPOTrainer": "fastdpo.trainer",
+    "KTOConfig": "fastdpo.trainer",
+    "KTOTrainer": "fastdpo.trainer",
+    "ORPOConfig": "fastdpo.trainer",
+    "ORPOTrainer": "fastdpo.trainer",
+    "CPOConfig": "fastdpo.trainer",
+    "CPOTrainer": "fastdpo.trainer",
 }
 
 __all__ = list(_HOME)
@@ -54,5 +60,14 @@ if TYPE_CHECKING:
     from fastdpo.reference import ReferenceCache, precompute
     from fastdpo.scoring import batch_loss, sequence_logps
     from fastdpo.sums import listwise_loss, preference_loss, unpaired_loss
-    from fastdpo.trainer import DPOConfig, DPOTrainer
+    from fastdpo.trainer import (
+        CPOConfig,
+        CPOTrainer,
+        DPOConfig,
+        DPOTrainer,
+        KTOConfig,
+        KTOTrainer,
+        ORPOConfig,
+        ORPOTrainer,
+    )
     from fastdpo.types import IGNORE_INDEX, LossOutput

@@ -65,21 +65,32 @@ def generate(
     description: str = "generating",
 ) -> list[str]:  # fmt: skip
     """The model's greedy answer to each prompt (messages or text)."""
+    ids = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids.append(tokenizer(prompt)["input_ids"])
+        else:
+            rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            ids.append(rendered["input_ids"])
+    return generate_from_ids(
+        model, tokenizer, ids, max_new_tokens=max_new_tokens, progress=progress, description=description
+    )
+
+
+def generate_from_ids(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 48, progress: bool = True,
+    description: str = "generating",
+) -> list[str]:  # fmt: skip
+    """The same for prompts of token ids."""
     inner = causal_lm(model)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     answers = []
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         for prompt in tqdm(prompts, desc=description, unit="answer", disable=not progress, leave=False):
-            if isinstance(prompt, str):
-                inputs = tokenizer(prompt, return_tensors="pt")
-            else:
-                inputs = tokenizer.apply_chat_template(
-                    prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-                )
-            inputs = {name: inputs[name].to(inner.device) for name in ("input_ids", "attention_mask")}
-            with torch.no_grad():
-                out = inner.generate(
-                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
-                    pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-                )  # fmt: skip
-            answers.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+            ids = torch.tensor([list(prompt)], device=inner.device)
+            out = inner.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+                use_cache=True, pad_token_id=pad,
+            )  # fmt: skip
+            answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
     return answers

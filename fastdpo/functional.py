@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.groups import KINDS, GroupInputs, Groups, RefLogps, check_inputs, check_reduction
+from fastdpo.groups import KINDS, KL, GroupInputs, Groups, RefLogps, check_inputs, check_reduction
 from fastdpo.groups.tokens import (
     check_rows,
     loss_of_tokens,
@@ -56,7 +56,7 @@ def loss(
     pair_weights: Tensor | None = None,
     list_sizes: int | Sequence[int] | None = None,
     desirable: Tensor | None = None,
-    kl: Tensor | float | None = None,
+    kl: KL = None,
     mean_chosen_length: float | None = None,
     ignore_index: int = IGNORE_INDEX,
     temperature: float = 1.0,
@@ -86,7 +86,8 @@ def loss(
         pair_weights: (B,), a weight for each pair, list or answer: see `preference_loss`.
         list_sizes: of lists: K of each, as host integers, or one for all.
         desirable: of answers: (B,) bool.
-        kl: of answers: the KL estimate, where it comes from elsewhere, say from all processes.
+        kl: of answers: the KL estimate, where it comes from elsewhere; or a function that makes of the estimate of
+            these answers another, as the mean over all processes.
         mean_chosen_length: of a batch in parts, for losses with an NLL (`sft`, `cpo`, `orpo`): mean tokens of the
             chosen answers of the whole batch. Default: of this part.
         inplace_backward: lets the backward write the gradient over `logits`; see `token_logps`.
@@ -150,7 +151,7 @@ def linear_loss(
     pair_weights: Tensor | None = None,
     list_sizes: int | Sequence[int] | None = None,
     desirable: Tensor | None = None,
-    kl: Tensor | float | None = None,
+    kl: KL = None,
     mean_chosen_length: float | None = None,
     ignore_index: int = IGNORE_INDEX,
     temperature: float = 1.0,
@@ -210,7 +211,7 @@ def linear_loss(
         rest: tuple[Tensor | None, Tensor | None] = (None, None)
         if count > own:
             mine, others = _split_rows(sequence_ids, own, tokens_per_pair)
-            if losses.needs_kl and kl is None:
+            if losses.needs_kl and (kl is None or callable(kl)):
                 with torch.no_grad():
                     logps, _ = linear_token_logps_with_stats(hidden[others], weight, labels[others], options, **head)
                 rest = logps, sequence_ids[others]
@@ -218,7 +219,7 @@ def linear_loss(
         inputs = with_kl(inputs, losses, own, *rest)
     groups = _groups(losses, inputs, labels, sequence_ids, own, hidden.dtype, ignore_index)
     if tokens_per_pair is not None:
-        check_rows(tokens_per_pair, groups, hidden.shape[0])
+        check_rows(tokens_per_pair, groups, sequence_ids)
     stats = token_metrics or losses.use_weighting
     per_pair = reduction != "none" and losses.per_pair
     if not (per_pair and is_fused(hidden, weight, bias, compute_dtype(hidden, head_dtype), budget)):

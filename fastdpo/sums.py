@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.groups import KINDS, GroupInputs, best_first, check_inputs, check_reduction, mismatched_kl
+from fastdpo.groups import KINDS, GroupInputs, best_first, check_inputs, check_lengths, check_reduction, mismatched_kl
 from fastdpo.groups.tokens import check_count, loss_of_sums
 from fastdpo.losses import resolve_losses
 from fastdpo.types import LossOutput, accumulation_dtype
@@ -77,6 +77,12 @@ def preference_loss(
         if tensor is not None and tuple(tensor.shape) != (num_pairs,):
             expected = f"({num_pairs},), that of chosen_logps" if num_pairs >= 0 else "(B,): one sum a pair"
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}.")
+        if tensor is not None and tensor.device != chosen_logps.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and chosen_logps on {chosen_logps.device}; move {name} there."
+            )
+        if tensor is not None and name.endswith("lengths"):
+            check_lengths(name, tensor)
     check_count(num_pairs, losses)
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):
         missing = "ref_chosen_logps" if ref_chosen_logps is None else "ref_rejected_logps"
@@ -91,7 +97,9 @@ def preference_loss(
     lengths = None
     if chosen_lengths is not None and rejected_lengths is not None:
         lengths = torch.cat([chosen_lengths, rejected_lengths])
-    inputs = GroupInputs(refs, pair_weights, margins=margins, grad_dtype=chosen_logps.dtype)
+    # float16, if either is: the narrowest range that the gradient must fit in.
+    narrow = torch.float16 if torch.float16 in (chosen_logps.dtype, rejected_logps.dtype) else chosen_logps.dtype
+    inputs = GroupInputs(refs, pair_weights, margins=margins, grad_dtype=narrow)
     check_inputs(losses, inputs)
     dtype = accumulation_dtype(chosen_logps.dtype)
     sums = torch.stack([chosen_logps.to(dtype), rejected_logps.to(dtype)], dim=1).flatten()
@@ -147,8 +155,12 @@ def listwise_loss(
     for name, tensor in {"ref_logps": ref_logps, "ranks": ranks, "lengths": lengths}.items():
         if tensor is not None and tensor.shape != logps.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(logps.shape)}, that of logps.")
+        if tensor is not None and tensor.device != logps.device:
+            raise ValueError(f"{name} is on {tensor.device} and logps on {logps.device}; move {name} there.")
     if losses.needs_lengths and lengths is None:
         raise ValueError(f"loss_type {losses.names} divides by the completions' lengths; give lengths.")
+    if lengths is not None:
+        check_lengths("lengths", lengths)
 
     def flat(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.flatten()
@@ -211,6 +223,8 @@ def unpaired_loss(
     check_count(len(logps), losses)
     if losses.needs_lengths and (lengths is None or lengths.shape != logps.shape):
         raise ValueError(f"loss_type {losses.names} divides by the answers' lengths; give lengths, ({len(logps)},).")
+    if lengths is not None:
+        check_lengths("lengths", lengths)
     if (kl_logps is None) != (ref_kl_logps is None):
         raise ValueError("kl_logps and ref_kl_logps go together; give both or neither.")
     if kl_logps is not None and ref_kl_logps is not None:

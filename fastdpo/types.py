@@ -70,6 +70,7 @@ class LossOutput:
     kl                losses that estimate it: the KL divergence from the reference, a scalar
     paired            False for single answers: the chosen entries are NaN where an answer is not desirable, the
                       rejected ones where it is
+    extras            further means that a loss reports, by name
     aux_loss          the load-balancing loss of a mixture of experts, where `loss` holds it
 
     Of lists, chosen is the best completion, rejected the mean of the others.
@@ -85,6 +86,7 @@ class LossOutput:
     accuracies: Tensor | None = None
     kl: Tensor | None = None
     paired: bool = True
+    extras: dict[str, Tensor] | None = None
     aux_loss: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,6 +119,7 @@ class LossOutput:
             values["mean_token_accuracy"] = self.tokens.mean_token_accuracy
         if self.kl is not None:
             values["kl"] = self.kl
+        values.update(self.extras or {})
         if self.aux_loss is not None:
             values["aux_loss"] = self.aux_loss
         return values

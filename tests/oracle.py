@@ -61,27 +61,3 @@ def linear_token_logprobs(hidden, weight, labels, bias=None, ignore_index=-100, 
     kept = labels != ignore_index
     picked = logps.gather(1, torch.where(kept, labels, 0)[:, None]).squeeze(1)
     return torch.where(kept, picked, 0.0)
-
-
-def pair_losses(name, chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0, lengths=None) -> Tensor:
-    """(B,) losses in float64, each written from its paper's formula, without log-sigmoid's stable form."""
-    chosen, rejected, ref_chosen, ref_rejected = (t.double() for t in (chosen, rejected, ref_chosen, ref_rejected))
-    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    if name == "aot":
-        margin = beta * (ordered(chosen - rejected) - ordered(ref_chosen - ref_rejected))
-    if name == "aot_unpaired":
-        margin = beta * (ordered(chosen - ref_chosen) - ordered(rejected - ref_rejected))
-    if name in ("sigmoid", "aot", "aot_unpaired"):
-        right, wrong = 1 / (1 + torch.exp(-margin)), 1 / (1 + torch.exp(margin))
-        return -((1 - label_smoothing) * torch.log(right) + label_smoothing * torch.log(wrong))
-    if name == "hinge":
-        return torch.maximum(torch.zeros_like(margin), 1 - margin)
-    if name == "ipo":
-        per_token = (chosen - ref_chosen) / lengths[0].double() - (rejected - ref_rejected) / lengths[1].double()
-        return (per_token - 0.5 / beta).square()
-    raise KeyError(name)
-
-
-def ordered(values: Tensor) -> Tensor:
-    """From the smallest to the largest, differentiable."""
-    return values[sorted(range(len(values)), key=values.detach().tolist().__getitem__)]

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from oracle import linear_token_logprobs, pair_losses
+from loss_oracle import pair_losses
+from oracle import linear_token_logprobs
 from tiny import device_for
 
 import fastdpo

@@ -20,8 +20,14 @@ ID_COLUMNS = {
 # Sums of the reference's log-probs, where a row has them; of a list K of them, in the order of its completions.
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REFERENCES = {"pairs": REF_COLUMNS, "lists": ("ref_logps",), "answers": ("ref_logps",)}
+# Of a single answer: the answer to another prompt, of which KTO estimates the KL divergence, and its sum.
+MISMATCHED, REF_MISMATCHED = "KL_completion_ids", "ref_KL_logps"
 # What else a row may carry for its batch.
-ROW_COLUMNS = {"pairs": ("pair_weight",), "lists": ("ranks", "pair_weight"), "answers": ("label", "pair_weight")}
+ROW_COLUMNS = {
+    "pairs": ("pair_weight",),
+    "lists": ("ranks", "pair_weight"),
+    "answers": ("label", "pair_weight", MISMATCHED, REF_MISMATCHED),
+}
 
 
 def is_tokenized(row: Mapping[str, Any]) -> bool:
@@ -38,6 +44,12 @@ def data_of(row: Mapping[str, Any]) -> str:
 def is_chat(value: Any) -> bool:
     """A list of messages, as opposed to plain text."""
     return isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
+
+
+def reference_names(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of the reference's sums that a row of these fields would have."""
+    names = REFERENCES[data_of(row)]
+    return (*names, REF_MISMATCHED) if MISMATCHED in row else names
 
 
 def validate_rows(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:

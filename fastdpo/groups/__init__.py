@@ -6,8 +6,8 @@ and the rest. A group then turns its slots into what its losses are a function o
 """
 
 from fastdpo.groups.answers import Answers, mismatched_kl
-from fastdpo.groups.base import GroupInputs, Groups, RefLogps
-from fastdpo.groups.checks import check_inputs, check_reduction
+from fastdpo.groups.base import KL, GroupInputs, Groups, RefLogps
+from fastdpo.groups.checks import check_inputs, check_lengths, check_reduction
 from fastdpo.groups.lists import Lists, best_first, list_sizes
 from fastdpo.groups.pairs import Pairs, length_desensitized
 
@@ -20,6 +20,7 @@ KINDS: dict[str, type[Pairs | Lists | Answers]] = {
 
 __all__ = [
     "KINDS",
+    "KL",
     "Answers",
     "GroupInputs",
     "Groups",
@@ -28,6 +29,7 @@ __all__ = [
     "RefLogps",
     "best_first",
     "check_inputs",
+    "check_lengths",
     "check_reduction",
     "length_desensitized",
     "list_sizes",

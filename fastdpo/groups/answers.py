@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdpo.groups.base import GroupInputs, Groups
 from fastdpo.groups.checks import check_desirable, check_vector, kl_estimate, reference
 from fastdpo.losses import AnswerTerms, WeightedLosses
-from fastdpo.types import LossOutput, TokenMetrics
+from fastdpo.types import LossOutput, TokenMetrics, accumulation_dtype
 
 
 class Answers(Groups):
@@ -22,9 +22,10 @@ class Answers(Groups):
         self.weights = check_vector("pair_weights", inputs.pair_weights, self.count, like, "answers")
         self.refs = reference(inputs.ref_logps, losses, like)
         self.desirable = check_desirable(inputs.desirable, self.count, like)
+        assert not callable(inputs.kl)  # called already
         self.kl = None if inputs.kl is None else kl_estimate(inputs.kl, like)
         self.lengths = None if lengths is None else lengths.to(like.dtype)
-        self.divergence = losses.divergence(inputs.grad_dtype)
+        self.divergence, self.grad_dtype = losses.divergence, inputs.grad_dtype
 
     @property
     def slots_per_group(self) -> tuple[int, ...]:
@@ -48,7 +49,7 @@ class Answers(Groups):
         )
 
     def __call__(self, first: int, end: int, sums: Tensor, sums_p2: Tensor | None = None) -> Tensor:
-        return self.weighted(self.losses(self._terms(first, end, sums)), first, end)
+        return self.weighted(self.losses(self._terms(first, end, self.bounded(sums))), first, end)
 
     def output(self, losses: Tensor, loss: Tensor, sums: Tensor, tokens: TokenMetrics | None) -> LossOutput:
         """Chosen are the desirable answers, rejected the others; each NaN where the answer is of the other kind."""
@@ -63,5 +64,6 @@ class Answers(Groups):
 
 
 def mismatched_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """max(0, mean(logps - ref_logps)) of answers to other prompts: KTO's estimate of KL(pi || pi_ref), no gradient."""
-    return (logps - ref_logps).mean().detach().clamp(min=0)
+    """mean(logps - ref_logps) of answers to other prompts, KTO's estimate of KL(pi || pi_ref), without gradient."""
+    dtype = accumulation_dtype(logps.dtype)
+    return (logps.to(dtype) - ref_logps.to(dtype)).mean().detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from fastdpo.losses.terms import nonzero
 from fastdpo.types import LossOutput, TokenMetrics
 
 RefLogps = Tensor | tuple[Tensor, Tensor] | None
+# The KL estimate, or what makes of this process's estimate that of all processes.
+KL = Tensor | float | Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,10 @@ class GroupInputs:
     pair_weights: Tensor | None = None
     list_sizes: int | Sequence[int] | None = None
     desirable: Tensor | None = None
-    kl: Tensor | float | None = None
+    kl: KL = None
     margins: Tensor | None = None
     mean_chosen_length: float | None = None
-    grad_dtype: torch.dtype = torch.float32  # of what the gradient reaches: exponents must not leave it
+    grad_dtype: torch.dtype = torch.float32  # of what the gradient reaches
 
 
 class Groups:
@@ -36,6 +38,7 @@ class Groups:
     what       the groups, in messages
     count      B
     weights    (B,) or None
+    grad_dtype  of what the gradient of the sums reaches
     num_slots  of all groups
     """
 
@@ -43,6 +46,7 @@ class Groups:
     what: str
     count: int
     weights: Tensor | None
+    grad_dtype: torch.dtype
 
     @property
     def slots_per_group(self) -> tuple[int, ...]:
@@ -70,6 +74,15 @@ class Groups:
 
     def output(self, losses: Tensor, loss: Tensor, sums: Tensor, tokens: TokenMetrics | None) -> LossOutput:
         raise NotImplementedError
+
+    def bounded(self, sums: Tensor) -> Tensor:
+        """The sums, whose gradient stays within the numbers of float16 where it is to become one."""
+        if self.grad_dtype != torch.float16 or not sums.requires_grad:
+            return sums
+        largest = torch.finfo(torch.float16).max
+        sums = sums.view_as(sums)
+        sums.register_hook(lambda grad: grad.clamp(-largest, largest))
+        return sums
 
     def weighted(self, losses: Tensor, first: int, end: int) -> Tensor:
         return losses if self.weights is None else losses * self.weights[first:end]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,15 @@ def check_inputs(losses: WeightedLosses, inputs: GroupInputs) -> None:
     for name, has_meaning in known.items():
         if getattr(inputs, name) is not None and not has_meaning:
             raise ValueError(f"{name} has no meaning for loss_type {losses.names}; leave it out.")
+    mean = inputs.mean_chosen_length
+    if mean is not None and not (math.isfinite(mean) and mean >= 0):
+        raise ValueError(f"mean_chosen_length is {mean}; it must be a number of tokens, from 0.")
+    if inputs.ref_logps is not None and losses.data == "scores":
+        raise ValueError(f"ref_logps has no meaning for loss_type {losses.names}, which compares scores; leave it out.")
+    if inputs.ref_logps is not None and not isinstance(inputs.ref_logps, Tensor) and losses.data != "pairs":
+        raise ValueError(
+            f"ref_logps is a pair of tensors, and {losses.data} have no chosen and rejected; give one tensor."
+        )
     if inputs.pair_weights is not None and not losses.per_pair:
         raise ValueError(
             f"pair_weights has no meaning for loss_type {losses.names}, which compares the pairs of a whole batch; "
@@ -53,6 +64,11 @@ def reference(ref_logps: RefLogps, losses: WeightedLosses, like: Tensor) -> Tens
         return torch.zeros_like(like)
     if not isinstance(ref_logps, Tensor):
         half = like.shape[0] // 2
+        for tensor in ref_logps:
+            if tensor.device != like.device:
+                raise ValueError(
+                    f"ref_logps is on {tensor.device} and the log-probs on {like.device}; move ref_logps there."
+                )
         for name, tensor in zip(("chosen", "rejected"), ref_logps, strict=True):
             if tuple(tensor.shape) != (half,):
                 raise ValueError(
@@ -68,8 +84,9 @@ def reference(ref_logps: RefLogps, losses: WeightedLosses, like: Tensor) -> Tens
         raise ValueError(
             f"ref_logps is on {ref_logps.device} and the log-probs on {like.device}; move ref_logps there."
         )
+    ref_logps = ref_logps.detach().to(like.dtype)
     check_finite("ref_logps", ref_logps)
-    return ref_logps.detach().to(like.dtype)
+    return ref_logps
 
 
 def check_finite(name: str, values: Tensor) -> None:
@@ -117,6 +134,8 @@ def check_desirable(desirable: Tensor | None, count: int, like: Tensor) -> Tenso
 def kl_estimate(kl: Tensor | float, like: Tensor) -> Tensor:
     """max(0, kl), a scalar without gradient."""
     if isinstance(kl, Tensor):
+        if kl.device != like.device and kl.device.type != "cpu":
+            raise ValueError(f"kl is on {kl.device} and the log-probs on {like.device}; move kl there.")
         value = kl.detach().to(like.device, like.dtype)
     else:
         value = torch.full((), float(kl), dtype=like.dtype, device=like.device)
@@ -124,3 +143,10 @@ def kl_estimate(kl: Tensor | float, like: Tensor) -> Tensor:
         raise ValueError(f"kl has shape {tuple(value.shape)}; it must be one number, the mean over the batch.")
     check_finite("kl", value.unsqueeze(0))
     return value.clamp(min=0)
+
+
+def check_lengths(name: str, lengths: Tensor) -> None:
+    """Completion tokens: numbers from 0 (looked at on a CPU only)."""
+    check_finite(name, lengths)
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths < 0).any()):
+        raise ValueError(f"{name} has {lengths.min().item()}; an answer has 0 tokens or more.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -25,7 +26,7 @@ class Lists(Groups):
         self.sizes = list_sizes(inputs.list_sizes, like.shape[0])
         self.count, self.starts = len(self.sizes), [0, *accumulate(self.sizes)]
         self.weights = check_vector("pair_weights", inputs.pair_weights, self.count, like, "lists")
-        self.divergence = losses.divergence(inputs.grad_dtype)
+        self.divergence, self.grad_dtype = losses.divergence, inputs.grad_dtype
         places = torch.arange(max(self.sizes), device=like.device)
         sizes = on_device(self.sizes, like.device)
         self.first = sizes.cumsum(0) - sizes  # (B,) the slot of each list's best
@@ -54,7 +55,7 @@ class Lists(Groups):
         return ListTerms(self._padded(first, end, sums), self.refs[part], self.valid[part], lengths, self.divergence)
 
     def __call__(self, first: int, end: int, sums: Tensor, sums_p2: Tensor | None = None) -> Tensor:
-        return self.weighted(self.losses(self._terms(first, end, sums)), first, end)
+        return self.weighted(self.losses(self._terms(first, end, self.bounded(sums))), first, end)
 
     def output(self, losses: Tensor, loss: Tensor, sums: Tensor, tokens: TokenMetrics | None) -> LossOutput:
         """Chosen is the best of each list, rejected the mean over the others."""
@@ -78,11 +79,14 @@ def list_sizes(sizes: int | Sequence[int] | None, num_sequences: int) -> tuple[i
         ValueError: they do not add up, or a list has fewer than two.
     """
     assert sizes is not None
-    if isinstance(sizes, int):
+    if isinstance(sizes, numbers.Integral):
+        sizes = int(sizes)
         if sizes < 1 or num_sequences % sizes:
             raise ValueError(f"list_sizes is {sizes}, and {num_sequences} sequences are no multiple of it.")
         sizes = (sizes,) * (num_sequences // sizes)
-    sizes = tuple(int(size) for size in sizes)
+    if not isinstance(sizes, Sequence) or not all(isinstance(size, numbers.Integral) for size in sizes):
+        raise ValueError(f"list_sizes is {sizes!r}; it must be a whole number, or a list of them, on the host.")
+    sizes = tuple(map(int, sizes))
     if sum(sizes) != num_sequences:
         raise ValueError(f"list_sizes add up to {sum(sizes)}, and there are {num_sequences} sequences.")
     if sizes and min(sizes) < 2:
@@ -106,6 +110,8 @@ def best_first(ranks: Tensor, sizes: int | Sequence[int] | None) -> Tensor:
     start, values = 0, ranks.tolist()
     for number, size in enumerate(list_sizes(sizes, len(values))):
         some = values[start : start + size]
+        if any(rank != rank for rank in some):
+            raise ValueError(f"the ranks of list {number} are {some}; every rank must be a number.")
         if len(set(some)) < size:
             raise ValueError(f"the ranks of list {number} are {some}; no two may be alike: leave one of a tie out.")
         order += sorted(range(start, start + size), key=values.__getitem__)

@@ -23,11 +23,11 @@ class Pairs(Groups):
         self.weights = check_vector("pair_weights", inputs.pair_weights, self.count, like, "pairs")
         self.margins = check_vector("margins", inputs.margins, self.count, like, "pairs")
         self.refs = reference(inputs.ref_logps, losses, like).view(2, -1)
-        self.divergence = losses.divergence(inputs.grad_dtype)
+        self.divergence, self.grad_dtype = losses.divergence, inputs.grad_dtype
         self.lengths = None if lengths is None else lengths.to(like.dtype)
         self.mean_chosen_length = None
         if inputs.mean_chosen_length is not None:
-            self.mean_chosen_length = torch.full_like(like[0], max(1.0, inputs.mean_chosen_length))
+            self.mean_chosen_length = torch.full_like(like[0], inputs.mean_chosen_length or 1.0)
         elif self.lengths is not None:
             self.mean_chosen_length = mean_length(self.lengths[: self.count], self.weights)
 
@@ -56,7 +56,7 @@ class Pairs(Groups):
         return torch.arange(2 * self.count, device=self.refs.device) >= self.count
 
     def __call__(self, first: int, end: int, sums: Tensor, sums_p2: Tensor | None = None) -> Tensor:
-        parts = sums.view(-1, 2, self._slots)
+        parts = self.bounded(sums).view(-1, 2, self._slots)
         pair_terms = self._terms(first, end, *self._logps(parts))
         plain = None if self.losses.ld_alpha is None else self._terms(first, end, *parts.sum(2).unbind(1))
         policy_weights = None
@@ -96,7 +96,7 @@ class Pairs(Groups):
             rewards = beta * terms.chosen_mean_logps, beta * terms.rejected_mean_logps
         else:
             rewards = beta * terms.chosen_scores, beta * terms.rejected_scores
-        return LossOutput(loss, losses, chosen, rejected, *rewards, tokens=tokens)
+        return LossOutput(loss, losses, chosen, rejected, *rewards, tokens=tokens, extras=self.losses.extras(terms))
 
 
 def places_in_sequence(sequence_ids: Tensor, counted: Tensor, num_sequences: int) -> Tensor:

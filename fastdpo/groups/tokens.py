@@ -45,10 +45,12 @@ def packed_sequences(
     """
     num_rows, refs = tensor.shape[0], inputs.ref_logps
     if tensor.dim() != 2:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with sequence_ids it must have two dimensions.")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with sequence_ids it must be (N, _), a row a token.")
     if tuple(sequence_ids.shape) != (num_rows,):
         raise ValueError(f"sequence_ids has shape {tuple(sequence_ids.shape)}; it must be ({num_rows},): one id a row.")
-    if isinstance(refs, Tensor):
+    if inputs.desirable is not None:
+        count = 2 * len(inputs.desirable)  # rows of answers to other prompts may be there, or none
+    elif isinstance(refs, Tensor):
         if refs.dim() != 1 or (losses.data == "pairs" and len(refs) % 2):
             shape = "(2B,), chosen first" if losses.data == "pairs" else "(S,)"
             raise ValueError(f"ref_logps has shape {tuple(refs.shape)}; it must be {shape}.")
@@ -62,8 +64,6 @@ def packed_sequences(
         count = int(sequence_ids.max()) + 1 if num_rows else 0
         if losses.data == "pairs" and count % 2:
             raise ValueError(f"the largest of sequence_ids is {count - 1}; with ids in [0, 2B) it must be odd.")
-        if inputs.desirable is not None:  # none of the ids need belong to the last answer
-            count = next((n for n in (1, 2) if count <= n * len(inputs.desirable)), 0) * len(inputs.desirable) or count
     check_count(count, losses)
     if num_rows and sequence_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in sequence_ids.aminmax())
@@ -109,10 +109,11 @@ def with_kl(
         ValueError: there is no estimate and the loss needs one; no references for those answers.
     """
     refs, kl = inputs.ref_logps, inputs.kl
+    over_processes = kl if callable(kl) else None
     ref_mismatched = None
     if isinstance(refs, Tensor) and len(refs) == 2 * own:
         refs, ref_mismatched = refs[:own], refs[own:]
-    if losses.needs_kl and kl is None:
+    if losses.needs_kl and (kl is None or over_processes is not None):
         if mismatched_logps is None or sequence_ids is None:
             raise ValueError(
                 f"kl is missing, and loss_type {losses.names} needs it: give a number, or behind the answers as many "
@@ -124,7 +125,8 @@ def with_kl(
             )
         logps = mismatched_logps.detach()
         sums = logps.new_zeros(own).index_add_(0, sequence_ids - own, logps)
-        kl = mismatched_kl(sums, ref_mismatched.to(sums.dtype))
+        kl = mismatched_kl(sums, ref_mismatched)
+        kl = kl if over_processes is None else over_processes(kl)
     return replace(inputs, ref_logps=refs, kl=kl)
 
 
@@ -141,11 +143,23 @@ def rows_by_group(groups: Groups, sequence_ids: Tensor) -> tuple[Tensor, list[in
     return numbers.argsort(stable=True), counts
 
 
-def check_rows(tokens_per_pair: Sequence[int], groups: Groups, num_rows: int) -> None:
+def check_rows(tokens_per_pair: Sequence[int], groups: Groups, sequence_ids: Tensor) -> None:
+    """That so many rows belong to each group, in this order (looked at on a CPU only)."""
+    num_rows = len(sequence_ids)
     if len(tokens_per_pair) != groups.count or sum(tokens_per_pair) != num_rows:
         raise ValueError(
             f"tokens_per_pair has {len(tokens_per_pair)} values with the sum {sum(tokens_per_pair)}; "
             f"it must have {groups.count} (the {groups.what}) with the sum {num_rows} (the rows of hidden)."
+        )
+    if sequence_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    numbers = torch.arange(groups.count).repeat_interleave(torch.tensor(tokens_per_pair))
+    wrong = (groups.group_ids(sequence_ids) != numbers).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"tokens_per_pair says that row {row} belongs to number {numbers[row]} of the {groups.what}, and its "
+            f"sequence_ids is {sequence_ids[row]}; order the rows, or leave tokens_per_pair out."
         )
 
 

@@ -24,27 +24,26 @@ class Divergence:
         js_divergence      log 2 + logsigmoid(x)
         alpha_divergence   (e^((alpha - 1) x) - 1) / (alpha - 1); alpha -> 1 is reverse_kl, alpha = 0 forward_kl
 
-    Exponents end where their value would leave `dtype`, that of the numbers whose gradient this becomes: beyond it the
-    score is constant.
+    Exponents end where the square of their value would leave the range of the arithmetic (at 40; in float64 at 340):
+    beyond it the score is constant.
     """
 
     name: str = "reverse_kl"
     alpha: float = 0.5
-    dtype: torch.dtype = torch.float32
 
     def __call__(self, logratios: Tensor) -> Tensor:
         if self.name == "forward_kl":
-            return self._alpha(logratios, 0.0)
+            return _alpha(logratios, 0.0)
         if self.name == "js_divergence":
             return math.log(2) + F.logsigmoid(logratios)
         if self.name == "alpha_divergence" and abs(self.alpha - 1) >= 1e-6:
-            return self._alpha(logratios, self.alpha)
+            return _alpha(logratios, self.alpha)
         return logratios
 
-    def _alpha(self, logratios: Tensor, alpha: float) -> Tensor:
-        # bfloat16 and float32 reach e^88, float16 e^11.09, float64 e^709.
-        largest = {torch.float16: 11.0, torch.float64: 700.0}.get(self.dtype, 80.0)
-        return torch.expm1(((alpha - 1) * logratios).clamp(max=largest)) / (alpha - 1)
+
+def _alpha(logratios: Tensor, alpha: float) -> Tensor:
+    largest = 340.0 if logratios.dtype == torch.float64 else 40.0
+    return torch.expm1(((alpha - 1) * logratios).clamp(max=largest)) / (alpha - 1)
 
 
 REVERSE_KL = Divergence()

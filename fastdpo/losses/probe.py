@@ -31,12 +31,21 @@ def loss_problem(spec: LossSpec) -> str | None:
         return f"on ordinary log-probs it gives {losses.tolist()}; every loss must be a finite number."
     if not losses.requires_grad:
         return "no gradient reaches the log-probs; build it of differentiable PyTorch operations, without detach."
-    for leaf, grad in zip(leaves, torch.autograd.grad(losses.sum(), leaves, allow_unused=True), strict=True):
+    grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+    if all(grad is None for grad in grads):
+        return "no gradient reaches the log-probs; build it of differentiable PyTorch operations, without detach."
+    for leaf, grad in zip(leaves, grads, strict=True):
         if grad is not None and not grad.isfinite().all():
             return f"its gradient at log-probs {leaf.tolist()} is {grad.tolist()}; it must be finite."
     if spec.per_pair:
-        with torch.no_grad():
-            alone = torch.cat([spec.fn(_part(terms, i), beta=0.3, **spec.options) for i in range(BATCH)])
+        try:
+            with torch.no_grad():
+                each = [spec.fn(_part(terms, i), beta=0.3, **spec.options) for i in range(BATCH)]
+        except Exception as error:
+            return f"on a single pair it raises {type(error).__name__}: {error}; or register it with per_pair=False."
+        if any(one.shape != (1,) for one in each):
+            return f"it gives {tuple(each[0].shape)} for a single pair; it must give (1,)."
+        alone = torch.cat(each)
         if not torch.allclose(alone, losses.detach(), rtol=1e-4, atol=1e-5):
             return (
                 "the loss of one pair depends on the others of the batch; register it with per_pair=False (it then "

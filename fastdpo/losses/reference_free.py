@@ -45,11 +45,24 @@ def orpo(terms: PairTerms, *, beta: float) -> Tensor:
 
     Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7, where beta is called lambda.
     """
-    log_odds_ratio = _log_odds(terms.chosen_mean_logps) - _log_odds(terms.rejected_mean_logps)
-    return terms.chosen_nll - beta * F.logsigmoid(log_odds_ratio)
+    return terms.chosen_nll - beta * F.logsigmoid(_log_odds_ratio(terms))
+
+
+def _log_odds_ratio(terms: PairTerms) -> Tensor:
+    return _log_odds(terms.chosen_mean_logps) - _log_odds(terms.rejected_mean_logps)
 
 
 def _log_odds(mean_logps: Tensor) -> Tensor:
     """log(p / (1 - p)) of p = e^mean_logps; p = 1 is taken as the largest number below it."""
     below = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
     return below - torch.log(-torch.expm1(below))
+
+
+def nll_extras(terms: PairTerms) -> dict[str, Tensor]:
+    return {"nll_loss": terms.chosen_nll.mean()}
+
+
+def orpo_extras(terms: PairTerms) -> dict[str, Tensor]:
+    """Under the names that ORPO's authors log."""
+    ratio = _log_odds_ratio(terms)
+    return {**nll_extras(terms), "log_odds_ratio": F.logsigmoid(ratio).mean(), "log_odds_chosen": ratio.mean()}

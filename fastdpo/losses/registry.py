@@ -19,6 +19,15 @@ DATA = {
     "scores": "a reward model's scores of a chosen and a rejected answer",
 }
 
+# Arguments of the functions that take a loss's options, which are therefore none.
+_ARGUMENTS = frozenset({
+    "beta", "loss_type", "loss_weights", "reduction", "ref_logps", "pair_weights", "margins", "lengths",
+    "chosen_lengths", "rejected_lengths", "mean_chosen_length", "list_sizes", "ranks", "desirable", "kl", "kl_logps",
+    "ref_kl_logps", "sequence_ids", "tokens_per_pair", "ignore_index", "temperature", "softcap", "logit_scale", "impl",
+    "token_metrics", "inplace_backward", "bias", "head_dtype", "memory_budget", "attention_backend",
+    "router_aux_loss_coef",
+})  # fmt: skip
+
 # Options that act on what a loss is a function of, not on the loss: the value that changes nothing.
 PIECES: dict[str, Any] = {
     "f_divergence_type": "reverse_kl",
@@ -43,6 +52,7 @@ class LossSpec:
     needs_reference, needs_lengths, needs_kl  what must be given beside the policy's log-probs
     per_pair         the loss of a pair (list, answer) depends on that alone, so its gradient can be formed a chunk of
                      pairs at a time, and single pairs can be weighted
+    extras           terms -> further means to report, by name; called without gradient
     mean_rewards     the implicit reward is beta * logp / L, not beta times the score
     requires         range of an option that this loss alone asks for: name -> (test, what must hold)
     """
@@ -59,6 +69,7 @@ class LossSpec:
     needs_kl: bool = False
     per_pair: bool = True
     mean_rewards: bool = False
+    extras: Callable[..., dict[str, Tensor]] | None = None
     requires: Mapping[str, tuple[Callable[[Any], bool], str]] = field(default_factory=dict)
 
     @property
@@ -200,6 +211,7 @@ REGISTRY: dict[str, LossSpec] = {
             needs_reference=False,
             needs_lengths=True,
             mean_rewards=True,
+            extras=reference_free.orpo_extras,
         ),
         LossSpec(
             "simpo",
@@ -220,6 +232,7 @@ REGISTRY: dict[str, LossSpec] = {
             options={**_SMOOTHING, "cpo_alpha": 1.0},
             needs_reference=False,
             needs_lengths=True,
+            extras=reference_free.nll_extras,
         ),
         LossSpec(
             "listwise",
@@ -331,11 +344,30 @@ def register_loss(
         name, fn, formula, source, data, dict(options or {}), frozenset(pieces), needs_reference, needs_lengths,
         needs_kl, per_pair,
     )  # fmt: skip
-    taken = [option for option in spec.options if option in PIECES or option == "beta"]
-    if taken:
-        raise ValueError(f"the option {taken[0]!r} of loss {name!r} has a meaning already; give it another name.")
+    _check_declared(spec)
     problem = loss_problem(spec)
     if problem is not None:
         raise ValueError(f"the loss {name!r} cannot be registered: {problem}")
     REGISTRY[name] = spec
     return fn
+
+
+def _check_declared(spec: LossSpec) -> None:
+    """That what a loss says of itself can be carried out for its data."""
+    able = {"pairs": _DIVERGENCE | _SUMS, "lists": _DIVERGENCE | {"reference_free"}}.get(spec.data, frozenset())
+    unable = sorted(spec.pieces - able)
+    if unable:
+        raise ValueError(f"pieces has {unable[0]!r}, which has no meaning for losses of {spec.data}; leave it out.")
+    if spec.needs_kl and spec.data != "answers":
+        raise ValueError(f"needs_kl=True has no meaning for losses of {spec.data}; it is for answers.")
+    known = {name: value for other in REGISTRY.values() for name, value in other.options.items()}
+    for option, value in spec.options.items():
+        if option in PIECES or option in _ARGUMENTS or not option.isidentifier():
+            raise ValueError(
+                f"the option {option!r} of loss {spec.name!r} has a meaning already, or is no name; give it another."
+            )
+        if option in known and known[option] != value:
+            raise ValueError(
+                f"the option {option!r} has the default {known[option]} in other losses and {value} here; keep that, "
+                "or give it another name."
+            )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdpo.losses.divergence import DIVERGENCES, REVERSE_KL, Divergence
@@ -16,7 +16,12 @@ from fastdpo.losses.terms import Terms
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _at_least_0(value: Any) -> bool:
@@ -76,11 +81,11 @@ class WeightedLosses:
         assert total is not None
         return total
 
-    def divergence(self, dtype: torch.dtype) -> Divergence:
-        """`dtype`: of the log-probs or logits whose gradient is wanted."""
+    @property
+    def divergence(self) -> Divergence:
         if self.pieces["f_divergence_type"] == "reverse_kl":
             return REVERSE_KL
-        return Divergence(self.pieces["f_divergence_type"], self.pieces["f_alpha_divergence_coef"], dtype)
+        return Divergence(self.pieces["f_divergence_type"], self.pieces["f_alpha_divergence_coef"])
 
     @property
     def names(self) -> str:
@@ -118,6 +123,11 @@ class WeightedLosses:
     def per_pair(self) -> bool:
         return all(spec.per_pair for spec, _ in self.parts)
 
+    def extras(self, terms: Terms) -> dict[str, Tensor] | None:
+        """What the losses report besides, by name."""
+        given = [spec.extras(terms) for spec, _ in self.parts if spec.extras is not None]
+        return {name: value for values in given for name, value in values.items()} or None
+
     @property
     def mean_rewards(self) -> bool:
         return self.parts[0][0].mean_rewards
@@ -131,6 +141,8 @@ def resolve_losses(
     **options: Any,
 ) -> WeightedLosses:
     """Checks names, weights, beta and options together; raises ValueError that names what does not fit."""
+    if not isinstance(loss_type, str | Sequence):
+        raise ValueError(f"loss_type is {loss_type!r}; it must be the name of a loss, or a list of names.")
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     if not names:
         raise ValueError(f"loss_type is {loss_type!r}; name at least one loss of: {', '.join(REGISTRY)}.")
@@ -157,6 +169,8 @@ def resolve_losses(
 def _weights(loss_weights: Sequence[float] | None, names: list[str]) -> list[float]:
     if loss_weights is None:
         return [1.0] * len(names)
+    if isinstance(loss_weights, str) or not isinstance(loss_weights, Iterable):
+        raise ValueError(f"loss_weights is {loss_weights!r}; it must be a list, one number for each loss.")
     weights = list(loss_weights)
     if len(weights) != len(names):
         raise ValueError(
@@ -196,8 +210,9 @@ def _check_together(pieces: Mapping[str, Any], specs: list[LossSpec]) -> None:
             f"f_alpha_divergence_coef={coef} has no meaning with f_divergence_type={kind!r}; "
             "set f_divergence_type='alpha_divergence', or leave the coefficient out."
         )
-    for option in ("ld_alpha", "reference_free"):
-        # The references are summed with ld_alpha, or not there at all: for every loss of a mix alike.
+    for option in ("ld_alpha", "reference_free", "f_divergence_type"):
+        # The references are summed with ld_alpha, or not there at all, and a divergence is that of the whole objective:
+        # for every loss of a mix alike.
         unable = [spec.name for spec in specs if spec.needs_reference and option not in spec.pieces]
         if pieces[option] != PIECES[option] and unable:
             raise ValueError(f"{option}={pieces[option]} has no meaning for {unable[0]} in this mix; leave one out.")

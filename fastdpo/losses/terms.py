@@ -135,11 +135,10 @@ Terms = PairTerms | ListTerms | AnswerTerms
 
 
 def mean_length(lengths: Tensor, weights: Tensor | None = None) -> Tensor:
-    """sum_i w_i L_i / sum_i w_i, at least 1."""
-    mean = lengths.mean() if weights is None else (weights * lengths).sum() / nonzero(weights.sum())
-    return mean.clamp(min=1)
+    """sum_i w_i L_i / sum_i w_i, to divide by."""
+    return nonzero(lengths.mean() if weights is None else (weights * lengths).sum() / nonzero(weights.sum()))
 
 
 def nonzero(total: Tensor) -> Tensor:
-    """A sum of weights to divide by: 1 where nothing weighs anything."""
+    """To divide by: 1 in place of 0, where nothing weighs anything, or no answer has a token."""
     return torch.where(total == 0, torch.ones_like(total), total)

@@ -30,7 +30,8 @@ class PreferenceBatch(dict):
     num_tokens       tokens that the backbone runs through, padding counted
     unshared_tokens  tokens with every prompt repeated, without padding
     list_sizes       lists only: B host integers, the completions of each
-    desirable        answers only: (B,) bool
+    desirable        answers only: (B,) bool; num_desirable counts them on the host
+    rows             numbers of the rows in their data set, where they carry a `row_number`
     ref_logps        (S,) the reference's sums, where the rows carry them
     pair_weights     (B,) where the rows carry weights; total_weight is their sum on the host
     mean_chosen_length  of a batch in parts: mean tokens of the whole batch's chosen answers
@@ -56,6 +57,15 @@ class PreferenceBatch(dict):
     @property
     def num_pairs(self) -> int:
         return len(self["tokens_per_pair"])
+
+    def metric_weights(self) -> dict[str, float]:
+        """What the batch's metrics count by, where that is not its pairs: of single answers those of each kind."""
+        if self.data != "answers":
+            return {}
+        good = float(self["num_desirable"])
+        weights = {"chosen": good, "rejected": self.num_pairs - good}
+        named = {f"{name}/{side}": count for name in ("rewards", "logps", "logits") for side, count in weights.items()}
+        return {**named, "mean_token_accuracy": good, "rewards/margins": min(weights.values())}
 
     @property
     def saved_tokens_fraction(self) -> float:

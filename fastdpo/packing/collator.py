@@ -121,6 +121,9 @@ class PreferenceCollator:
             batch["list_sizes"] = tuple(map(len, groups))
         if data == "answers":
             batch["desirable"] = desirable(rows)
+            batch["num_desirable"] = int(batch["desirable"].sum())
+        if "row_number" in rows[0]:
+            batch["rows"] = tuple(int(row["row_number"]) for row in rows)
         refs, row_weights = references(rows, data), weights(rows)
         if refs is not None:
             batch["ref_logps"] = refs
@@ -136,8 +139,10 @@ class PreferenceCollator:
 
     def _group(self, row: Mapping[str, Any]) -> tuple[PromptCompletion, ...]:
         """`sequences` in the order of a batch: those of a ranked list from best to worst."""
-        sequences = self.sequences(row)
-        return tuple(sequences[place] for place in best_first(row)) if data_of(row) == "lists" else sequences
+        sequences, data = self.sequences(row), data_of(row)
+        if data == "lists":
+            return tuple(sequences[place] for place in best_first(row))
+        return sequences[:1] if data == "answers" else sequences
 
     def _cut(self, prompt: Sequence[int], completion: Sequence[int]) -> PromptCompletion:
         length = len(prompt) + len(completion)

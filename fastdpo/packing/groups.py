@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdpo.data.validate import ID_COLUMNS, REFERENCES, data_of, ranks_problem
+from fastdpo.data.validate import ID_COLUMNS, MISMATCHED, data_of, ranks_problem, reference_names
 
 Row = Mapping[str, Any]
 PromptCompletion = tuple[Sequence[int], Sequence[int]]  # (prompt, completion)
-MISMATCHED = "KL_completion_ids"
 WEIGHT = "pair_weight"
-
-REF_MISMATCHED = "ref_KL_logps"
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,15 @@ def kind_of_rows(rows: Sequence[Row]) -> str:
 
 
 def completions_of(row: Row) -> list[Sequence[int]]:
-    """The completions that a row of token ids stands for, in the order in which they stand there."""
+    """The completions that a row of token ids stands for, in the order in which they stand there.
+
+    Of a single answer with `KL_completion_ids` those come second.
+    """
     data = data_of(row)
     if data == "lists":
         return list(row["completions_ids"])
-    return [row["completion_ids"]] if data == "answers" else [row["chosen_ids"], row["rejected_ids"]]
+    names = ("completion_ids", MISMATCHED) if data == "answers" else ("chosen_ids", "rejected_ids")
+    return [row[name] for name in names if name in row]
 
 
 def best_first(row: Row) -> list[int]:
@@ -117,7 +118,7 @@ def references(rows: Sequence[Row], data: str) -> torch.Tensor | None:
     Raises:
         ValueError: some rows have them and others not, or a value that is no finite number.
     """
-    names = (*REFERENCES[data], *([REF_MISMATCHED] if data == "answers" else []))
+    names = reference_names(rows[0])
     given = [name for name in names if name in rows[0]]
     if not given:
         return None

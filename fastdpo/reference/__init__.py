@@ -5,4 +5,12 @@ from fastdpo.reference.columns import add_reference_columns, import_columns, ref
 from fastdpo.reference.fill import fill_cache, precompute
 from fastdpo.reference.fingerprint import model_fingerprint
 
-__all__ = ["ReferenceCache", "add_reference_columns", "fill_cache", "import_columns", "model_fingerprint", "precompute", "reference_columns"]
+__all__ = [
+    "ReferenceCache",
+    "add_reference_columns",
+    "fill_cache",
+    "import_columns",
+    "model_fingerprint",
+    "precompute",
+    "reference_columns",
+]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdpo.data.validate import REF_COLUMNS, REFERENCES, data_of
+from fastdpo.data.validate import REF_COLUMNS, REF_MISMATCHED, REFERENCES, data_of
 from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache
 from fastdpo.reference.fingerprint import sequence_key
@@ -18,6 +18,7 @@ from fastdpo.reference.index import KEY_BYTES
 from fastdpo.reference.work import Reader, place, token_rows
 from fastdpo.types import DataError, UserError
 
+_ANSWER = ("ref_logps", REF_MISMATCHED)
 _ROWS = 4096  # whose log-probs are read at a time
 
 
@@ -49,7 +50,7 @@ def reference_columns(
     """{"ref_chosen_logps", "ref_rejected_logps"}: the sum of log-probs of both answers of each row, from the cache.
 
     Of rows that are ranked lists {"ref_logps"}: lists of K sums, in the order of the row's completions; of single
-    answers {"ref_logps"}, one sum each.
+    answers {"ref_logps"}, one sum each, and of those with `KL_completion_ids` also {"ref_KL_logps"}.
 
     `ld_alpha` weighs the tokens of a pair's answer that the other is too short for:
 
@@ -81,7 +82,8 @@ def cached_columns(cache: ReferenceCache, rows: RowKeys, ld_alpha: float | None 
     if ld_alpha is not None:
         raise UserError(f"ld_alpha={ld_alpha} compares the two answers of a pair, and the rows are {rows.data}.")
     if rows.data == "answers":
-        return {names[0]: sums.tolist()}
+        each = sums.reshape(len(rows.counts), -1)  # one, or with an answer to another prompt two
+        return {name: each[:, place].tolist() for place, name in zip(range(each.shape[1]), _ANSWER, strict=False)}
     return {names[0]: [part.tolist() for part in np.split(sums, np.cumsum(rows.counts)[:-1])]}
 
 
@@ -143,6 +145,8 @@ def row_keys(
         if data_of(row) != data:
             raise DataError(f"{place(number)} is one of {data_of(row)}, and the rows before are {data}; part them.")
         sequences = reader.sequences(row, number)
+        if data == "answers" and counts and len(sequences) != counts[0]:
+            raise DataError(f"{place(number)}: some rows have KL_completion_ids and others not; add or drop them.")
         counts.append(len(sequences))
         for prompt, completion in sequences:
             keys += sequence_key(prompt, completion)

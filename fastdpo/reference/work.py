@@ -20,6 +20,7 @@ import numpy as np
 from fastdpo.data.tokenize import tokenized
 from fastdpo.data.validate import (
     ID_COLUMNS,
+    MISMATCHED,
     TOKENIZED,
     common_prefix_length,
     data_of,
@@ -180,7 +181,8 @@ class Reader:
                     f"{place(number)}: the field {name!r} is missing; tokenized rows need {', '.join(columns)}."
                 )
         if data != "lists":
-            return {name: self._ids(row[name], name, number) for name in columns}
+            names = (*columns, MISMATCHED) if MISMATCHED in row else columns
+            return {name: self._ids(row[name], name, number) for name in names}
         problem = ranks_problem(len(row["completions_ids"]), row.get("ranks"))
         if problem is not None:
             raise DataError(f"{place(number)}: {problem}")

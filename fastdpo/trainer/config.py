@@ -1,9 +1,10 @@
-"""Options of a DPO run: those of transformers.TrainingArguments, TRL's names and defaults, and a few of our own."""
+"""Options of a run: those of transformers.TrainingArguments, TRL's names and defaults, and a few of our own."""
 
 from __future__ import annotations
 
 import json
 import logging
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +18,8 @@ from fastdpo.packing.collator import TRUNCATION_MODES
 
 logger = logging.getLogger(__name__)
 
+NAN_LOSS = ("stop", "skip")
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length", "group_by_prompt", "batch_rebalance")
-
-# Options of TRL's DPOConfig that fastdpo does not carry out yet: the value that changes nothing, and what to do.
-_NOT_YET: dict[str, tuple[Any, str]] = {
-    "activation_offloading": (False, "leave it off; gradient_checkpointing=True saves activation memory"),
-    "sync_ref_model": (False, "leave it off; the reference stays fixed"),
-}
 
 
 def _options_of(text: str) -> dict[str, Any]:
@@ -36,81 +32,67 @@ def _options_of(text: str) -> dict[str, Any]:
     return options
 
 
-def _help(text: str, default: Any = None, **kwargs: Any) -> Any:
+def option(text: str, default: Any = None, **kwargs: Any) -> Any:
     if "default_factory" in kwargs:
         return field(metadata={"help": text}, **kwargs)
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
-class DPOConfig(TrainingArguments):
-    """TrainingArguments with what preference training adds.
+class PreferenceConfig(TrainingArguments):
+    """TrainingArguments with what every trainer of preferences adds.
 
     Defaults that differ from TrainingArguments are TRL's: learning_rate 1e-6, logging_steps 10, gradient_checkpointing
-    True, bf16 unless fp16 (on a machine without bfloat16, where TRL raises, float32). An option that cannot be honoured
-    raises ValueError here, not in the middle of a run.
+    True, bf16 unless fp16 (on a machine without bfloat16, where TRL raises, float32); and logging_nan_inf_filter is
+    off, for it waits for the device in every pass and hides what `nan_loss` is there to tell. An option that cannot be
+    honoured raises ValueError here, not in the middle of a run.
     """
 
-    learning_rate: float = _help("Peak learning rate of AdamW.", 1e-6)
-    logging_steps: float = _help("Log every so many steps; below 1, a share of all steps.", 10)
-    gradient_checkpointing: bool = _help("Recompute activations in the backward to save memory.", True)
-    bf16: bool | None = _help("Mixed precision in bfloat16; unset, on where the GPU has it, unless fp16 is.", None)
+    learning_rate: float = option("Peak learning rate of AdamW.", 1e-6)
+    logging_steps: float = option("Log every so many steps; below 1, a share of all steps.", 10)
+    logging_nan_inf_filter: bool = option("Leave losses that are no numbers out of the logged mean.", False)
+    gradient_checkpointing: bool = option("Recompute activations in the backward to save memory.", True)
+    bf16: bool | None = option("Mixed precision in bfloat16; unset, on where the GPU has it, unless fp16 is.", None)
 
-    loss_type: list[str] = _help("Losses, by name; several are added up.", default_factory=lambda: ["sigmoid"])
-    loss_weights: list[float] | None = _help("A weight for each of several losses.", None)
-    beta: float = _help("Strength of the pull towards the reference.", 0.1)
-    label_smoothing: float = _help("Share of pairs taken to be labelled the wrong way round, in [0, 0.5].", 0.0)
-
-    max_length: int | None = _help("Longest prompt + completion in tokens; unset, no limit.", 1024)
-    truncation_mode: str = _help("Which end of a longer sequence stays: keep_start or keep_end.", "keep_start")
-    packing: str = _help(
+    max_length: int | None = option("Longest prompt + completion in tokens; unset, no limit.", 1024)
+    truncation_mode: str = option("Which end of a longer sequence stays: keep_start or keep_end.", "keep_start")
+    max_prompt_length: int | None = option(
+        "Deprecated: prompts keep their last so many tokens; use max_length.", None)  # fmt: skip
+    max_completion_length: int | None = option(
+        "Deprecated: answers keep their first so many tokens; use max_length.", None)  # fmt: skip
+    packing: str = option(
         "How a batch runs: prefix (each prompt once), varlen (no padding), padded, or auto, the first of these that "
         "gives this model's own log-probs.", "auto")  # fmt: skip
-    attention_backend: str = _help("Attention of packed rows: auto, flash_attn, torch_varlen, flex or sdpa.", "auto")
-    max_tokens_per_microbatch: int | None = _help(
+    attention_backend: str = option("Attention of packed rows: auto, flash_attn, torch_varlen, flex or sdpa.", "auto")
+    max_tokens_per_microbatch: int | None = option(
         "Cut each batch into forward passes of at most so many tokens, the same number of passes on every process; the "
         "gradient stays that of the whole batch. A longer pair runs alone.", None)  # fmt: skip
-    train_sampling_strategy: str = _help(
+    train_sampling_strategy: str = option(
         "Order of the training rows: random, sequential, group_by_length (rows of like length in a step), "
         "group_by_prompt (rows with one prompt side by side, so that packing shares it), batch_rebalance (random, with "
         "each step's rows dealt out so that every pass takes about the same tokens).", "random")  # fmt: skip
-    padding_free: bool = _help("TRL's name for running without padding, which packing does.", False)
-    pad_to_multiple_of: int | str | None = _help("For packing=padded: pad to a multiple of this.", "auto")
-    memory_budget: int | None = _help("Bytes for logits; unset, an eighth of the free memory (64 MiB on a CPU).", None)
+    pad_to_multiple_of: int | str | None = option("For packing=padded: pad to a multiple of this.", "auto")
+    pad_token: str | None = option(
+        "The padding token, where the tokenizer has none; unset, its end-of-text token.", None
+    )
+    memory_budget: int | None = option("Bytes for logits; unset, an eighth of the free memory (64 MiB on a CPU).", None)
+    nan_loss: str = option(
+        "What a loss or gradient does that is no finite number: stop (seen when it is logged or saved; the step's rows "
+        "are written to output_dir/nan_rows.jsonl) or skip (no update in that step; waits for the device each step).",
+        "stop")  # fmt: skip
+    show_generations: int = option(
+        "Print the model's greedy answers to so many prompts of the evaluation (else the training) data before and "
+        "after training, and write them to output_dir/generations.jsonl.", 0)  # fmt: skip
 
-    precompute_ref_log_probs: bool = _help(
-        "Compute the reference log-probs once, before training, and keep them on disk; no reference model in memory.",
-        False)  # fmt: skip
-    precompute_ref_batch_size: int | None = _help("Prompts per forward pass of that, at most.", None)
-    ref_logps: str | None = _help("Folder of the reference cache; implies precompute_ref_log_probs.", None)
-
-    disable_dropout: bool = _help("Switch dropout off in policy and reference.", True)
-    dataset_num_proc: int | None = _help("Processes that tokenize the data set.", None)
-    model_init_kwargs: dict[str, Any] | str | None = _help("Keywords of from_pretrained, for a model given by name.")
-    trust_remote_code: bool = _help("Let a model given by name run code of its own.", False)
-
-    router_aux_loss_coef: float | None = _help(
+    disable_dropout: bool = option("Switch dropout off in policy and reference.", True)
+    dataset_num_proc: int | None = option("Processes that tokenize the data set.", None)
+    model_init_kwargs: dict[str, Any] | str | None = option("Keywords of from_pretrained, for a model given by name.")
+    trust_remote_code: bool = option("Let a model given by name run code of its own.", False)
+    router_aux_loss_coef: float | None = option(
         "Weight of a mixture of experts' load-balancing loss; unset, that of the model's config.", None)  # fmt: skip
-    f_divergence_type: str = _help(
-        "The f-divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence.", "reverse_kl")  # fmt: skip
-    f_alpha_divergence_coef: float = _help("alpha of f_divergence_type=alpha_divergence.", 0.5)
-    ld_alpha: float | None = _help("Weight of tokens beyond the pair's shorter answer, in [0, 1] (LD-DPO).", None)
-    use_weighting: bool = _help("Weigh pairs by how likely the policy is to give both answers (WPO).", False)
-    discopop_tau: float = _help("For the loss discopop.", 0.05)
-    reference_free: bool = _help("Take the reference's log-probs as 0.", False)
-    loss_options: dict[str, Any] | str | None = _help(
-        "Further options of the losses, by name, as fastdpo.list_losses() has them (dpop_lambda, simpo_gamma, "
-        "cpo_alpha, your own).", None)  # fmt: skip
-    activation_offloading: bool = _help("Not supported yet.", False)
-    sync_ref_model: bool = _help("Not supported yet.", False)
-    ref_model_mixup_alpha: float = _help("For sync_ref_model.", 0.6)
-    ref_model_sync_steps: int = _help("For sync_ref_model.", 512)
+    activation_offloading: bool = option("Keep activations in the host's memory between forward and backward.", False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
-        if isinstance(self.loss_options, str):  # from the command line
-            self.loss_options = _options_of(self.loss_options)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         # Newer transformers call it activation_checkpointing; the older name, which scripts use, stays good.
@@ -120,9 +102,13 @@ class DPOConfig(TrainingArguments):
         ):
             if getattr(self, new, old) is None:
                 setattr(self, new, getattr(self, old))
-        if self.ref_logps is not None:
-            self.precompute_ref_log_probs = True
         self._check()
+        for name in ("max_prompt_length", "max_completion_length"):
+            if getattr(self, name) is not None:
+                warnings.warn(
+                    f"{name} is deprecated: max_length bounds prompt and answer together; cut or drop longer rows in "
+                    "the data.", FutureWarning, stacklevel=3,
+                )  # fmt: skip
         super().__post_init__()
         self._use_one_gpu()
         # One process would read the batches of a streamed data set and cut them up for the others, by their first
@@ -152,8 +138,132 @@ class DPOConfig(TrainingArguments):
             return None
         return int(self.pad_to_multiple_of)
 
+    def losses(self) -> WeightedLosses:
+        """The losses with their options; raises ValueError where they do not fit."""
+        return resolve_losses(**self.loss_arguments())
+
     def loss_arguments(self) -> dict[str, Any]:
         """What the losses are resolved from: keywords of `fastdpo.linear_loss`."""
+        raise NotImplementedError
+
+    def _check(self) -> None:
+        losses = self.losses()
+        choices = {
+            "train_sampling_strategy": SAMPLING_STRATEGIES,
+            "packing": ("auto", *PACKINGS),
+            "truncation_mode": TRUNCATION_MODES,
+            "attention_backend": ("auto", *BACKENDS),
+            "nan_loss": NAN_LOSS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(allowed)}.")
+        least = {
+            "max_length": 2, "max_prompt_length": 1, "max_completion_length": 1, "max_tokens_per_microbatch": 1,
+            "memory_budget": 1, "router_aux_loss_coef": 0, "show_generations": 0,
+        }  # fmt: skip
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}; it must be at least {low}, or None.")
+        if self.max_tokens_per_microbatch is not None and not (losses.per_pair and not losses.needs_kl):
+            raise ValueError(
+                f"max_tokens_per_microbatch={self.max_tokens_per_microbatch} would change loss_type {losses.names}, "
+                "which needs a whole batch at once; leave it out."
+            )
+        if self.nan_loss == "skip" and (self.fp16 or self.deepspeed):
+            what = "fp16=True" if self.fp16 else "deepspeed"
+            raise ValueError(f"nan_loss='skip' and {what} contradict each other: that one skips steps by itself; leave "
+                             "nan_loss at 'stop'.")  # fmt: skip
+        parallel = getattr(self, "parallelism_config", None)
+        sizes = {name: getattr(parallel, name, 1) for name in ("cp_size", "sp_size")}
+        if any(size and size > 1 for size in sizes.values()):
+            raise ValueError(
+                f"parallelism_config has {', '.join(f'{name}={size}' for name, size in sizes.items())}: a packed row "
+                "cannot be cut among processes; use data parallelism, and max_tokens_per_microbatch for long rows."
+            )
+
+
+@dataclass
+class ReferenceConfig(PreferenceConfig):
+    """What trainers with a reference model add."""
+
+    precompute_ref_log_probs: bool = option(
+        "Compute the reference log-probs once, before training, and keep them on disk; no reference model in memory.",
+        False)  # fmt: skip
+    precompute_ref_batch_size: int | None = option("Prompts per forward pass of that, at most.", None)
+    ref_logps: str | None = option("Folder of the reference cache; implies precompute_ref_log_probs.", None)
+    sync_ref_model: bool = option(
+        "Move the reference towards the policy every ref_model_sync_steps steps: it becomes ref_model_mixup_alpha "
+        "times the policy plus the rest of itself.", False)  # fmt: skip
+    ref_model_mixup_alpha: float = option("For sync_ref_model: the policy's share, in [0, 1].", 0.6)
+    ref_model_sync_steps: int = option("For sync_ref_model.", 512)
+
+    def __post_init__(self) -> None:
+        if self.ref_logps is not None:
+            self.precompute_ref_log_probs = True
+        super().__post_init__()
+
+    def _check(self) -> None:
+        super()._check()
+        if not self.sync_ref_model:
+            return
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model=True moves the reference, and precompute_ref_log_probs=True (or ref_logps) computes "
+                "its log-probs once; leave one of them out."
+            )
+        if not self.losses().needs_reference:
+            raise ValueError(
+                f"sync_ref_model=True has no meaning for loss_type {self.losses().names} without reference."
+            )
+        if not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha}; it must lie in [0, 1].")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps is {self.ref_model_sync_steps}; it must be at least 1.")
+
+
+@dataclass
+class DPOConfig(ReferenceConfig):
+    """Options of DPOTrainer: names and defaults of TRL's DPOConfig, and a few of our own (PreferenceConfig)."""
+
+    loss_type: list[str] = option("Losses, by name; several are added up.", default_factory=lambda: ["sigmoid"])
+    loss_weights: list[float] | None = option("A weight for each of several losses.", None)
+    beta: float = option("Strength of the pull towards the reference.", 0.1)
+    label_smoothing: float = option("Share of pairs taken to be labelled the wrong way round, in [0, 0.5].", 0.0)
+    f_divergence_type: str = option(
+        "The f-divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence.", "reverse_kl")  # fmt: skip
+    f_alpha_divergence_coef: float = option("alpha of f_divergence_type=alpha_divergence.", 0.5)
+    ld_alpha: float | None = option("Weight of tokens beyond the pair's shorter answer, in [0, 1] (LD-DPO).", None)
+    use_weighting: bool = option("Weigh pairs by how likely the policy is to give both answers (WPO).", False)
+    discopop_tau: float = option("For the loss discopop.", 0.05)
+    reference_free: bool = option("Take the reference's log-probs as 0.", False)
+    rpo_alpha: float | None = option('Deprecated: adds the loss "sft" with this weight.', None)
+    loss_options: dict[str, Any] | str | None = option(
+        "Further options of the losses, by name, as fastdpo.list_losses() has them (dpop_lambda, simpo_gamma, "
+        "cpo_alpha, your own).", None)  # fmt: skip
+    padding_free: bool = option("TRL's name for running without padding, which packing does.", False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if isinstance(self.loss_options, str):  # from the command line
+            self.loss_options = _options_of(self.loss_options)
+        if self.rpo_alpha is not None:
+            warnings.warn(
+                "rpo_alpha is deprecated: mix the losses, as in loss_type=['sigmoid', 'sft'], loss_weights=[1.0, "
+                f"{self.rpo_alpha}].", FutureWarning, stacklevel=3,
+            )  # fmt: skip
+            if "sft" in self.loss_type:
+                raise ValueError(
+                    f"rpo_alpha={self.rpo_alpha} adds the loss 'sft', which loss_type has; drop rpo_alpha."
+                )
+            self.loss_weights = [*(self.loss_weights or [1.0] * len(self.loss_type)), self.rpo_alpha]
+            self.loss_type = [*self.loss_type, "sft"]
+            self.rpo_alpha = None  # said once: a config built from this one's fields is the same
+        super().__post_init__()
+
+    def loss_arguments(self) -> dict[str, Any]:
         own = {
             name: getattr(self, name)
             for name in (
@@ -168,15 +278,7 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"loss_options has {twice[0]!r}, which is a field of the config; set {twice[0]} there.")
         return own | further
 
-    def losses(self) -> WeightedLosses:
-        """The losses with their options; raises ValueError where they do not fit."""
-        return resolve_losses(**self.loss_arguments())
-
     def _check(self) -> None:
-        for name, (neutral, remedy) in _NOT_YET.items():
-            value = getattr(self, name)
-            if value != neutral:
-                raise ValueError(f"{name}={value!r} is not supported by this version of fastdpo; {remedy}.")
         losses = self.losses()
         if losses.data not in ("pairs", "lists"):
             raise ValueError(
@@ -187,30 +289,26 @@ class DPOConfig(TrainingArguments):
                 "reference_free=True and precompute_ref_log_probs=True (or ref_logps) contradict each other; leave one "
                 "of them out."
             )
-        choices = {
-            "train_sampling_strategy": SAMPLING_STRATEGIES,
-            "packing": ("auto", *PACKINGS),
-            "truncation_mode": TRUNCATION_MODES,
-            "attention_backend": ("auto", *BACKENDS),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(allowed)}.")
         if self.padding_free and self.packing == "padded":
             raise ValueError("padding_free=True and packing='padded' contradict each other; leave one of them out.")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}; it must be at least 2, or None for no limit.")
-        if self.max_tokens_per_microbatch is not None:
-            if self.max_tokens_per_microbatch < 1:
-                raise ValueError(
-                    f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch}; it must be above 0, or None."
-                )
-            if not losses.per_pair:
-                raise ValueError(
-                    f"max_tokens_per_microbatch={self.max_tokens_per_microbatch} would change loss_type "
-                    f"{self.loss_type}, which compares the pairs of a whole batch; leave it out."
-                )
-        if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
-            raise ValueError(f"router_aux_loss_coef is {self.router_aux_loss_coef}; it must be 0 or above.")
-        if self.memory_budget is not None and self.memory_budget <= 0:
-            raise ValueError(f"memory_budget is {self.memory_budget}; it must be a number of bytes above 0, or None.")
+        super()._check()
+
+
+@dataclass
+class ReferenceFreeConfig(PreferenceConfig):
+    """What trainers without a reference share with TRL's, and do not carry out: the reason is told."""
+
+    padding_value: int | None = option("Deprecated: the padding token's id; use pad_token.", None)
+    generate_during_eval: bool = option("Not supported; use show_generations.", False)
+    is_encoder_decoder: bool | None = option("Only None or False: encoder-decoders have no causal rows to pack.", None)
+
+    def _check(self) -> None:
+        if self.generate_during_eval:
+            raise ValueError("generate_during_eval=True is not supported; set show_generations to a number of prompts.")
+        if self.is_encoder_decoder:
+            raise ValueError("is_encoder_decoder=True is not supported: an encoder-decoder has no causal row to pack.")
+        if self.padding_value is not None:
+            raise ValueError(
+                f"padding_value={self.padding_value} is not supported: padding reaches no result; leave it out."
+            )
+        super()._check()

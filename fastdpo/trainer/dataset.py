@@ -14,19 +14,30 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from fastdpo.data.tokenize import tokenized
-from fastdpo.data.validate import ID_COLUMNS, REF_COLUMNS, REFERENCES, ROW_COLUMNS, data_of, row_problem
+from fastdpo.data.validate import (
+    ID_COLUMNS,
+    MISMATCHED,
+    REF_COLUMNS,
+    REF_MISMATCHED,
+    REFERENCES,
+    ROW_COLUMNS,
+    data_of,
+    row_problem,
+)
 from fastdpo.losses import WeightedLosses
 from fastdpo.models import PositionLimit
 from fastdpo.types import DataError
 
 logger = logging.getLogger(__name__)
 
+Cuts = dict[str, int | None]  # how many tokens of "prompt" and "completion" stay
+
 # The columns of a tokenized data set, whatever its rows are.
 KEPT = tuple(
     dict.fromkeys(
         name
         for data in ID_COLUMNS
-        for name in (*ID_COLUMNS[data], *REFERENCES[data], *ROW_COLUMNS[data])
+        for name in (*ID_COLUMNS[data], *REFERENCES[data], *ROW_COLUMNS[data], "row_number")
     )
 )  # fmt: skip
 
@@ -37,10 +48,11 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> An
     Raises:
         DataError: a row that cannot be used, or no row left.
     """
+    cuts = {"prompt": args.max_prompt_length, "completion": args.max_completion_length}
     if isinstance(dataset, list):
-        dataset = _from_list(dataset, tokenizer, name, progress=not args.disable_tqdm)
+        dataset = _from_list(dataset, tokenizer, name, cuts, progress=not args.disable_tqdm)
     else:
-        dataset = _from_dataset(dataset, tokenizer, name, args.dataset_num_proc)
+        dataset = _from_dataset(dataset, tokenizer, name, cuts, args.dataset_num_proc)
     if isinstance(dataset, Dataset):
         _check_references(dataset, name)
     if args.max_length is None or args.truncation_mode != "keep_start":
@@ -94,31 +106,48 @@ def columns_of(dataset: Any) -> list[str]:
     return list(next(iter(dataset), {}))  # a streamed data set learns its columns from its first row
 
 
-def _from_list(rows: list[dict[str, Any]], tokenizer: Any, name: str, progress: bool) -> Dataset:
+def _from_list(rows: list[dict[str, Any]], tokenizer: Any, name: str, cuts: Cuts, progress: bool) -> Dataset:
     """Row by row: a list may mix text, messages and columns of any kind, which a table of rows could not hold."""
     if not rows:
         raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
     with tqdm(rows, desc=f"tokenizing {name}", unit="row", disable=not progress, leave=False) as bar:
-        return Dataset.from_list([_tokenized(row, number, tokenizer, name) for number, row in enumerate(bar)])
+        return Dataset.from_list([_tokenized(row, number, tokenizer, name, cuts) for number, row in enumerate(bar)])
 
 
-def _from_dataset(dataset: Any, tokenizer: Any, name: str, num_proc: int | None) -> Any:
+def _from_dataset(dataset: Any, tokenizer: Any, name: str, cuts: Cuts, num_proc: int | None) -> Any:
     if isinstance(dataset, Dataset) and not len(dataset):
         raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
     columns = columns_of(dataset)
-    options: dict[str, Any] = {"fn_kwargs": {"tokenizer": tokenizer, "name": name}, "with_indices": True}
+    options: dict[str, Any] = {
+        "fn_kwargs": {"tokenizer": tokenizer, "name": name, "cuts": cuts},
+        "with_indices": True,
+    }
     if isinstance(dataset, Dataset):
         options |= {"num_proc": num_proc, "desc": f"tokenizing {name}"}
     return dataset.map(_tokenized, remove_columns=[column for column in columns if column not in KEPT], **options)
 
 
-def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str) -> dict[str, Any]:
+def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str, cuts: Cuts) -> dict[str, Any]:
     row = {key: value for key, value in row.items() if value is not None}  # tables fill missing fields with None
     where = f"{name} data set, row {number} (counted from 0)"
+    if "image" in row or "images" in row:
+        raise DataError(
+            f"{where}: it has images, and batches hold tokens only: what a vision model makes of an image depends on "
+            "its own processor. Train on text, or take the loss into a loop of your own (fastdpo.loss on the logits)."
+        )
     problem = row_problem(row)
     if problem is not None:
         raise DataError(f"{where}: {problem}")
-    return {**tokenized(row, tokenizer, where), **_references(row, where)}
+    ids = tokenized(row, tokenizer, where)
+    if cuts["prompt"] is not None:
+        ids["prompt_ids"] = ids["prompt_ids"][-cuts["prompt"] :]
+    if cuts["completion"] is not None:
+        for column in ID_COLUMNS[data_of(ids)][1:]:
+            end = cuts["completion"]
+            lists = column == "completions_ids"
+            ids[column] = [each[:end] for each in ids[column]] if lists else ids[column][:end]
+    further = {column: row[column] for column in (MISMATCHED, REF_MISMATCHED) if column in row}
+    return {**ids, **further, **_references(row, where), "row_number": row.get("row_number", number)}
 
 
 def _references(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -169,6 +198,7 @@ class TokenCounts:
     @classmethod
     def of(cls, dataset: Dataset) -> TokenCounts:
         names = ID_COLUMNS[data_of(dict.fromkeys(dataset.column_names))]
+        names = (*names, MISMATCHED) if MISMATCHED in dataset.column_names else names
         prompts, answers, counts = [], [], []
         for table in dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=10_000):
             prompts.append(_lengths(table["prompt_ids"]))

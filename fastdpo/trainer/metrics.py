@@ -28,7 +28,11 @@ class MetricSums:
         """`weights`: of metrics that count by something else than the pairs."""
         names = list(metrics)
         counts = [weights.get(name, pairs) for name in names]
-        values = torch.stack([metrics[name].detach().float() * n for name, n in zip(names, counts, strict=True)])
+        # A metric that nothing counts for (no desirable answer in the batch, say) is no number.
+        values = torch.stack(
+            [metrics[name].detach().float() * n if n else torch.zeros_like(metrics[name], dtype=torch.float32)
+             for name, n in zip(names, counts, strict=True)]
+        )  # fmt: skip
         if self._sums is None:
             self._names, self._sums, self._counts = names, values, counts
         else:
@@ -36,17 +40,33 @@ class MetricSums:
             self._sums += values
             self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
 
+    def state(self, reduce: Any = None) -> dict[str, Any]:
+        """What `take` would divide, for a checkpoint; waits for the device."""
+        if self._sums is None:
+            return {}
+        sums = torch.cat([self._sums, self._sums.new_tensor(self._counts)])
+        values, counts = (sums if reduce is None else reduce(sums)).view(2, -1).tolist()
+        return {"names": self._names, "sums": values, "counts": counts}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        if state:
+            self._names, self._counts = list(state["names"]), list(state["counts"])
+            self._sums = torch.tensor(state["sums"], dtype=torch.float32, device=device)
+
+    def copy(self) -> MetricSums:
+        copied = MetricSums()
+        copied._names, copied._counts = self._names, self._counts
+        copied._sums = None if self._sums is None else self._sums.clone()
+        return copied
+
     def take(self, reduce: Any = None) -> dict[str, float]:
         """The means since the last call; `reduce` adds a tensor up over processes."""
         if self._sums is None:
             return {}
-        sums = torch.cat([self._sums, self._sums.new_tensor(self._counts)])
-        if reduce is not None:
-            sums = reduce(sums)
-        values, counts = sums.view(2, -1).tolist()
-        names, self._names, self._sums, self._counts = self._names, [], None, []
-        return {name: value / count if count else 0.0
-                for name, value, count in zip(names, values, counts, strict=True)}  # fmt: skip
+        state = self.state(reduce)
+        self._names, self._sums, self._counts = [], None, []
+        each = zip(state["names"], state["sums"], state["counts"], strict=True)
+        return {name: value / count for name, value, count in each if count}
 
 
 class Throughput:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdpo.packing import MicroBatches, PreferenceBatch
 
+_OFFLOADED = 1024  # elements of a tensor that is worth a copy
 PATIENCE = timedelta(days=30)  # with which processes that are done wait for the slowest, where that may take long
 
 
@@ -38,17 +40,17 @@ class HostCounts:
         return [each.tolist() for each in all_values]
 
 
-def agree(batches: Sequence[Any], counts: HostCounts) -> tuple[list[Any], float]:
-    """The batches of a step, each cut into as many passes on every process, and what the step's pairs weigh together,
-    over all processes: their number, where the rows carry no weights."""
+def agree(batches: Sequence[Any], counts: HostCounts, flag: bool = False) -> tuple[list[Any], float, bool]:
+    """The batches of a step, each cut into as many passes on every process; what the step's pairs weigh together, over
+    all processes (their number, where the rows carry no weights); and whether any process has set its flag."""
     lengths = [len(batch) if isinstance(batch, MicroBatches) else 1 for batch in batches]
-    everywhere = counts.gather([_as_integer(sum(batch.total_weight for batch in batches)), *lengths])
-    weights, *needed = zip(*everywhere, strict=True)
+    everywhere = counts.gather([int(flag), _as_integer(sum(batch.total_weight for batch in batches)), *lengths])
+    flags, weights, *needed = zip(*everywhere, strict=True)
     cut = [
         batch.into(max(each)) if isinstance(batch, MicroBatches) else batch
         for batch, each in zip(batches, needed, strict=True)
     ]
-    return cut, sum(map(_as_number, weights))
+    return cut, sum(map(_as_number, weights)), any(flags)
 
 
 def _as_integer(value: float) -> int:
@@ -73,3 +75,21 @@ def passes_of(batch: Any) -> list[PreferenceBatch]:
 def without_exchange(model: Any) -> Any:
     """Within it, a backward leaves the gradients of a DistributedDataParallel model on their process."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def activations_on_host() -> Iterator[None]:
+    """Within it, what a GPU's forward keeps for the backward waits in pinned host memory; weights stay."""
+
+    def pack(tensor: Tensor) -> Any:
+        if tensor.device.type == "cpu" or isinstance(tensor, torch.nn.Parameter) or tensor.numel() < _OFFLOADED:
+            return tensor
+        held = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
+        held.copy_(tensor, non_blocking=True)
+        return tensor.device, held
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

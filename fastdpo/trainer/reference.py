@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import IterableDataset
 
-from fastdpo.data.validate import REFERENCES, data_of
+from fastdpo.data.validate import reference_names
 from fastdpo.reference import ReferenceCache, fill_cache, reference_columns
 from fastdpo.reference.columns import cached_columns, row_keys
 from fastdpo.reference.folder import SHARDS
@@ -20,12 +20,13 @@ from fastdpo.trainer.passes import HostCounts
 
 def has_reference(dataset: Any) -> bool:
     names = columns_of(dataset)
-    return all(name in names for name in REFERENCES[data_of(dict.fromkeys(names))])
+    return all(name in names for name in reference_names(dict.fromkeys(names)))
 
 
 def with_reference(
-    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, **options: Any
-) -> Any:
+    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, *, ld_alpha: float | None,
+    **options: Any,
+) -> Any:  # fmt: skip
     """The data set with the reference's sums, as `reference_columns` has them; `options` go to `fill_cache`.
 
     What the cache lacks is divided among the processes by content. They wait for each other at the end alone, and need
@@ -38,7 +39,7 @@ def with_reference(
     show = args.process_index == 0 and not args.disable_tqdm
     options |= {**cut, "batch_size": args.precompute_ref_batch_size, "progress": show}
     if isinstance(dataset, IterableDataset):
-        return _streamed(dataset, cache, model, args, counts, cut, options)
+        return _streamed(dataset, cache, model, args, counts, {**cut, "ld_alpha": ld_alpha}, options)
     rows = row_keys(dataset, **cut)
     for index, number in _divisions(args):
         cache.reload()
@@ -47,13 +48,13 @@ def with_reference(
         fill_cache(model, dataset, cache, shard_index=index, num_shards=number, **options)
     counts.gather([0])
     cache.reload()
-    for name, values in cached_columns(cache, rows, args.ld_alpha).items():
+    for name, values in cached_columns(cache, rows, ld_alpha).items():
         dataset = dataset.add_column(name, values)
     return dataset
 
 
 def _streamed(
-    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, cut: Any, options: Any
+    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, summed: Any, options: Any
 ) -> Any:
     """Read to fill the cache, and again with every epoch, when sums are looked up batch by batch."""
     for index, number in _divisions(args):
@@ -65,7 +66,7 @@ def _streamed(
 
     def look_up(batch: dict[str, list[Any]]) -> dict[str, list[float]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        return reference_columns(cache, rows, **cut, ld_alpha=args.ld_alpha)
+        return reference_columns(cache, rows, **summed)
 
     return dataset.map(look_up, batched=True, batch_size=64)
 

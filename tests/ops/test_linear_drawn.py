@@ -2,6 +2,7 @@
 
 import math
 
+import loss_oracle
 import oracle
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_linear_loss(pairs, v, dtype, trained, rows, counts, loss, reduction, ou
     leaves = [hidden.requires_grad_()] * (trained != "weight") + [weight.requires_grad_()] * (trained != "hidden")
     logps = oracle.linear_token_logprobs(hidden, weight, labels)
     sums = torch.zeros(2 * number, dtype=torch.float64).index_add(0, ids, logps)
-    exact = oracle.pair_losses(name, *sums.view(2, -1), *refs.double().view(2, -1), 0.3, smoothing)
+    exact = loss_oracle.pair_losses(name, *sums.view(2, -1), *refs.double().view(2, -1), 0.3, smoothing)
     total = outer * (exact.mean() if reduction == "mean" else exact.sum())
     expected = torch.autograd.grad(total, leaves)
     order = torch.arange(n) if counts else torch.randperm(n, generator=generator)

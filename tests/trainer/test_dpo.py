@@ -214,7 +214,7 @@ def test_an_architecture_that_cannot_pack_falls_back_and_says_so(tmp_path, caplo
         ({"max_length": 0}, "max_length is 0"),
         ({"memory_budget": 0}, "memory_budget is 0"),
         ({"padding_free": True, "packing": "padded"}, "padding_free=True and packing='padded'"),
-        ({"sync_ref_model": True}, "sync_ref_model=True is not supported"),
+        ({"sync_ref_model": True, "ref_logps": "cache"}, "sync_ref_model=True moves the reference"),
         ({"ld_alpha": 1.5}, "ld_alpha is 1.5"),
         ({"use_weighting": True, "loss_type": "aot"}, "use_weighting=True has no meaning for loss_type aot"),
         ({"f_divergence_type": "kl"}, "f_divergence_type is 'kl'"),

@@ -1,0 +1,58 @@
+"""CPOTrainer: pairs without a reference, CPO (Xu et al. 2024) and SimPO (Meng et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fastdpo.trainer.config import ReferenceFreeConfig, option
+from fastdpo.trainer.engine import ReferenceFreeTrainer
+
+_LOSSES = ("sigmoid", "simpo", "hinge", "ipo")
+
+
+@dataclass
+class CPOConfig(ReferenceFreeConfig):
+    """Options of CPOTrainer: names and defaults of TRL's CPOConfig, and a few of our own (PreferenceConfig).
+
+    loss_type  sigmoid (CPO), simpo, hinge or ipo, without reference; cpo_alpha times the chosen answers' NLL is added
+    """
+
+    beta: float = option("Temperature of the preference.", 0.1)
+    label_smoothing: float = option("Share of pairs taken to be labelled the wrong way round, in [0, 0.5].", 0.0)
+    loss_type: str = option("sigmoid, simpo, hinge or ipo.", "sigmoid")
+    cpo_alpha: float = option("Weight of the chosen answers' negative log-likelihood.", 1.0)
+    simpo_gamma: float = option("SimPO's target margin.", 0.5)
+    alpha: float = option("AlphaPO's exponent; only 0, plain log-probs, is supported.", 0.0)
+
+    def __post_init__(self) -> None:
+        if self.alpha or self.loss_type == "alphapo":
+            what = f"alpha={self.alpha}" if self.alpha else "loss_type='alphapo'"
+            raise ValueError(
+                f"{what} is AlphaPO's reward, which is not supported; set alpha=0 and loss_type='simpo', or register "
+                "the loss with fastdpo.register_loss."
+            )
+        super().__post_init__()
+
+    def loss_arguments(self) -> dict[str, Any]:
+        if self.loss_type not in _LOSSES:
+            raise ValueError(f"loss_type is {self.loss_type!r}; CPOTrainer knows {', '.join(_LOSSES)}.")
+        if self.loss_type == "sigmoid":
+            own = {"label_smoothing": self.label_smoothing, "cpo_alpha": self.cpo_alpha}
+            return {"loss_type": "cpo", "beta": self.beta, **own}
+        mix: dict[str, Any] = {
+            "loss_type": [self.loss_type],
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+        }
+        if self.cpo_alpha:
+            mix |= {"loss_type": [self.loss_type, "sft"], "loss_weights": [1.0, self.cpo_alpha]}
+        return mix | ({"simpo_gamma": self.simpo_gamma} if self.loss_type == "simpo" else {"reference_free": True})
+
+
+class CPOTrainer(ReferenceFreeTrainer):
+    """Trains on pairs without a reference; the constructor is that of TRL's CPOTrainer."""
+
+    args: CPOConfig
+    _tags: ClassVar[list[str]] = ["fastdpo", "cpo"]
+    _config, _method = CPOConfig, "CPO"

@@ -1,0 +1,589 @@
+"""The engine of all trainers: transformers.Trainer, with packed batches, fused log-probs and a cached reference.
+
+What happens to a batch, top to bottom:
+
+    PreferenceCollator   rows -> PreferenceBatch                             (fastdpo.packing)
+    training_step        a batch cut by tokens runs pass by pass             (fastdpo.trainer.passes)
+    compute_loss         calls the model with the batch; the model's own forward, extended by `extend_forward`, runs
+                         backbone, head and loss, so that wrappers (DDP, FSDP, autocast) see one forward
+    batch_loss           completion tokens -> log-probs -> loss              (fastdpo.scoring, fastdpo.models)
+    log                  metrics summed on the device are read once          (fastdpo.trainer.metrics)
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Trainer, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fastdpo.device import freed_memory_kept
+from fastdpo.models import causal_lm, evaluating, extend_forward, is_mixture_of_experts, position_limit
+from fastdpo.packing import PreferenceBatch, PreferenceCollator
+from fastdpo.reference import ReferenceCache, model_fingerprint
+from fastdpo.reference.cache import default_cache_dir
+from fastdpo.reference.fill import about
+from fastdpo.scoring import sequence_logps
+from fastdpo.trainer import policy
+from fastdpo.trainer.config import PreferenceConfig, ReferenceConfig
+from fastdpo.trainer.dataset import KEPT, check_data, check_lengths, prepare_dataset
+from fastdpo.trainer.kept_reference import KeptReference
+from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
+from fastdpo.trainer.names import default_output_dir, named_tokenizer
+from fastdpo.trainer.order import pair_sampler
+from fastdpo.trainer.passes import PATIENCE, HostCounts, activations_on_host, agree, passes_of, without_exchange
+from fastdpo.trainer.reference import has_reference, with_reference
+from fastdpo.trainer.run_state import RunCallback, save_state
+from fastdpo.trainer.watch import NotFiniteError, StepParts, StepWatch, StopRequest, write_aside
+from fastdpo.types import LossOutput, UserError
+from fastdpo.verify import choose_packing
+
+logger = logging.getLogger(__name__)
+
+_TINY = 1e-30  # in place of the weight of a step in which no pair weighs anything
+
+
+class PreferenceTrainer(Trainer):
+    """Trains a model on preferences; the trainers with names of their own say on which, with which losses.
+
+    Args:
+        model: a transformers causal LM, a PEFT model, or a name or path.
+        args: a config of this trainer's.
+        ref_model: the reference; default: the policy as it is now. With PEFT that is its base, adapters switched off,
+            unless the adapters have learnt something, or changed the base: then a frozen copy of them.
+        data_collator: default: PreferenceCollator as `args` say.
+        train_dataset, eval_dataset: rows of text, messages or token ids (see `fastdpo.data`); `eval_dataset` may be a
+            dict of several. Rows that carry the reference's sums need no reference.
+        processing_class: the tokenizer; default: that of the model's path.
+        peft_config: wraps the model in a new adapter.
+        quantization_config: for a model given by name.
+
+    Raises:
+        ValueError: options, data or model that do not fit together; before any training.
+    """
+
+    args: PreferenceConfig
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: list[str] | None
+    _auto_class: ClassVar[Any] = AutoModelForCausalLM
+    _tags: ClassVar[list[str]] = ["fastdpo"]
+
+    def __init__(
+        self,
+        model: Any,
+        args: PreferenceConfig,
+        *,
+        ref_model: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **options: Any,
+    ) -> None:
+        set_seed(args.seed)  # adapters begin with random weights
+        model = policy.load(model, args, quantization_config, auto_class=self._auto_class)
+        if ref_model is model:
+            raise ValueError("ref_model is the model itself; leave it out to use the policy's initial weights.")
+        ref_model = None if ref_model is None else policy.load(ref_model, _without_keywords(args, ref_model))
+        if peft_config is not None:
+            model = policy.with_adapter(model, peft_config)
+        inner = self._inner(model)
+        policy.check_adapters(model, inner)
+        processing_class = policy.prepare_tokenizer(processing_class, inner, args)
+        for each in (model, ref_model):
+            if each is not None and args.disable_dropout:
+                policy.disable_dropout(each)
+        _check_streamed(train_dataset, args)
+        if args.use_liger_kernel:  # layers only: its fused loss would take the place of the head
+            args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+
+        self._losses = args.losses()
+        train_dataset = self._prepared(train_dataset, processing_class, args, "train")
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {
+                name: self._prepared(part, processing_class, args, name) for name, part in eval_dataset.items()
+            }
+        else:
+            eval_dataset = self._prepared(eval_dataset, processing_class, args, "eval")
+        self._metrics = {"train": MetricSums(), "eval": MetricSums()}
+        self._watch, self._stop_request, self._step_parts = StepWatch(), StopRequest(), StepParts()
+        self._resumed_from: str | None = None
+        self._stop_agreed = False
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or PreferenceCollator(),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **options,
+        )
+        # compute_loss divides by the pairs of the whole step itself.
+        self.model_accepts_loss_kwargs = True
+        self._autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self._throughput = Throughput(args.device)
+        self._step_flops = self._flops_of(inner)
+        self._router_aux_loss_coef = _router_aux_loss_coef(inner, args)
+        self._host_counts, self._patient_counts = HostCounts(), HostCounts(PATIENCE)
+        limit = position_limit(inner)
+        for name, dataset in self._named_datasets():
+            check_lengths(dataset, limit, args, name=name)
+        with self.accelerator.autocast():
+            self.packing = self._choose_packing(inner)
+        if data_collator is None:
+            self.data_collator = self._collator()
+        self._reference = KeptReference(self.model, ref_model, new_adapter=_is_plain_adapter(peft_config, self.model))
+        self._prepare_reference()
+        self._extend(inner)
+        if hasattr(inner, "add_model_tags"):
+            inner.add_model_tags(self._tags)
+        self.add_callback(RunCallback(self))
+
+    # What depends on the kind of model; RewardTrainer's has another head.
+
+    def _inner(self, model: Any) -> Any:
+        """The transformers model inside adapters and wrappers."""
+        return causal_lm(model)
+
+    def _choose_packing(self, inner: Any) -> str:
+        return choose_packing(inner, self.args.packing, self.args.attention_backend)
+
+    def _extend(self, inner: Any) -> None:
+        """Lets the model's own forward take a batch, for `compute_loss`."""
+        extend_forward(inner)
+
+    def _flops_of(self, inner: Any) -> StepFlops:
+        return StepFlops.of(inner)
+
+    def _prepared(self, dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
+        """A data set of token ids, checked against the losses."""
+        if dataset is None:
+            return None
+        prepared = prepare_dataset(dataset, getattr(tokenizer, "tokenizer", tokenizer), args, name=name)
+        check_data(prepared, self._losses, name=name)
+        return prepared
+
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+    def _collator(self) -> PreferenceCollator:
+        return PreferenceCollator(
+            packing=self.packing,
+            max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode,
+            pad_token_id=self._tokenizer.pad_token_id,
+            pad_to_multiple_of=self.args.padding_multiple,
+            max_tokens_per_microbatch=self.args.max_tokens_per_microbatch,
+            mismatched=self._losses.needs_kl,
+        )
+
+    # The reference
+
+    @property
+    def ref_model(self) -> Any:
+        """The reference, where it is a model of its own."""
+        return self._reference.model
+
+    def _prepare_reference(self) -> None:
+        """Columns of reference log-probs where they are to be computed ahead; else a frozen model to run beside."""
+        self._ref_cache: ReferenceCache | None = None
+        if not self._losses.needs_reference:
+            return
+        assert isinstance(self.args, ReferenceConfig)
+        if self.args.sync_ref_model:
+            self._check_reference_can_move()
+        if self.args.precompute_ref_log_probs:
+            with self._reference.running():
+                fingerprint = model_fingerprint(self._reference.runs, self._autocast_dtype)
+            folder = self.args.ref_logps or default_cache_dir(fingerprint)
+            self._ref_cache = ReferenceCache(folder, fingerprint, about=about(self._reference.runs))
+            if self.train_dataset is not None:
+                self.train_dataset = self._with_reference(self.train_dataset)
+            if isinstance(self.eval_dataset, Mapping):
+                self.eval_dataset = {name: self._with_reference(part) for name, part in self.eval_dataset.items()}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._with_reference(self.eval_dataset)
+            return
+        if self._reference.kind != "explicit" and all(has_reference(dataset) for _, dataset in self._named_datasets()):
+            return
+        self._reference.keep(self.args.device)
+
+    def _check_reference_can_move(self) -> None:
+        if hasattr(self.model, "peft_config"):
+            raise ValueError(
+                "sync_ref_model=True mixes whole weights, and of a model with adapters only these move; leave it off, "
+                "or train without PEFT."
+            )
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "sync_ref_model=True is not supported under DeepSpeed, which shards weights; use FSDP or DDP."
+            )
+        if any(has_reference(dataset) for _, dataset in self._named_datasets()):
+            raise ValueError(
+                "sync_ref_model=True moves the reference, and the rows carry its sums; drop those columns."
+            )
+
+    def _check_reference_is_left(self) -> None:
+        """For a data set that comes later, and whose reference log-probs are not there."""
+        if self._reference.kind == "explicit":
+            return
+        if self._ref_cache is None and not self._reference.lasts:
+            raise ValueError(
+                "this evaluation set has no ref_chosen_logps and ref_rejected_logps, as the other data sets do, and "
+                "there is no other reference; add the columns, or pass ref_model to the constructor."
+            )
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self._ref_cache is not None and self.state.global_step and (sharded or not self._reference.lasts):
+            raise ValueError(
+                "the reference of this new evaluation set cannot be computed any more: with "
+                "precompute_ref_log_probs=True and no ref_model, it was the policy before training; "
+                "pass the set to the constructor."
+            )
+
+    def _named_datasets(self) -> list[tuple[str, Any]]:
+        evals = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
+        return [(name, part) for name, part in {"train": self.train_dataset, **evals}.items() if part is not None]
+
+    def _with_reference(self, dataset: Any) -> Any:
+        if has_reference(dataset):
+            return dataset
+        assert self._ref_cache is not None
+        with self._reference.running(), _lent(self._reference.runs, self.args.device):
+            return with_reference(
+                dataset,
+                self._ref_cache,
+                self._reference.runs,
+                self.args,
+                self._patient_counts,
+                ld_alpha=self._losses.ld_alpha,
+                packing=self.packing,
+                attention_backend=self.args.attention_backend,
+                autocast_dtype=self._autocast_dtype,
+            )
+
+    def _online_reference(self, batch: PreferenceBatch) -> Tensor:
+        reference = self._reference.runs
+        with evaluating(reference), torch.no_grad(), self._reference.running(), self.accelerator.autocast():
+            return sequence_logps(
+                reference, batch, attention_backend=self.args.attention_backend, ld_alpha=self._losses.ld_alpha
+            )
+
+    # The loss
+
+    def _loss_options(self) -> dict[str, Any]:
+        mean_over_processes = {"kl": self._mean_over_processes} if self._losses.needs_kl else {}
+        return {
+            **mean_over_processes,
+            **self.args.loss_arguments(),
+            "attention_backend": self.args.attention_backend,
+            "reduction": "sum",
+            "memory_budget": self.args.memory_budget,
+            "router_aux_loss_coef": self._router_aux_loss_coef,
+        }
+
+    def _mean_over_processes(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, "mean") if self.accelerator.num_processes > 1 else value
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum of the losses of the batch's pairs over the pairs (or their weights) of the whole optimizer step.
+
+        Added up over accumulation steps and averaged over processes, that is the mean over all pairs of the step.
+        """
+        ref_logps = inputs.get("ref_logps")
+        if ref_logps is None and self._losses.needs_reference:
+            ref_logps = self._online_reference(inputs)
+        fields = model(preference_batch=inputs, ref_logps=ref_logps, loss_options=self._loss_options())
+        output = LossOutput.from_dict(fields)
+        if inputs.get("weight", 1.0) == 0.0:
+            return (output.loss * 0.0, output) if return_outputs else output.loss * 0.0
+        mode = "train" if model.training else "eval"
+        weight = inputs.total_weight
+        mean = output.losses.detach().sum() / max(weight, _TINY)
+        metrics = output.metrics() if mode == "train" else {"loss": mean, **output.metrics()}
+        self._metrics[mode].add(metrics, inputs.num_pairs, **inputs.metric_weights(), loss=weight)
+        if mode == "train":
+            self._throughput.count(inputs, self._step_flops(inputs))
+        if num_items_in_batch is None:
+            loss = output.loss / max(weight, _TINY)
+        else:
+            loss = output.loss * (self.accelerator.num_processes / max(num_items_in_batch, _TINY))
+        return (loss, output) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], float]:
+        """The batches of an optimizer step, and what its pairs weigh over all processes: 1 each, or what rows say."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        cut, weight, self._stop_agreed = agree(batches, self._host_counts, self._stop_request.signal is not None)
+        if self.args.nan_loss == "skip":
+            self._before_step = self._tr_loss.clone(), self._metrics["train"].copy()
+        return cut, weight
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a batch, pass by pass; gradients are exchanged in the last one only."""
+        passes = passes_of(inputs)
+        state, sync = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        offloading = activations_on_host if self.args.activation_offloading else nullcontext
+        losses = []
+        with offloading():
+            try:
+                for part in passes[:-1]:
+                    state._set_sync_gradients(False)
+                    with without_exchange(model) if sync else nullcontext():
+                        losses.append(super().training_step(model, part, num_items_in_batch))
+            finally:
+                state._set_sync_gradients(sync)
+            losses.append(super().training_step(model, passes[-1], num_items_in_batch))
+        loss = torch.stack(losses).sum()
+        self._step_parts.add(loss, passes)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._step_parts.grad_norm = norm
+        if self.args.nan_loss == "skip" and not math.isfinite(float(norm)):
+            self._skip_step(model)
+        return norm
+
+    def _skip_step(self, model: Any) -> None:
+        """Leaves a step out: no gradient, and none of its numbers in what is logged."""
+        step = self.state.global_step + 1
+        loss, norm, rows = self._step_parts.take()
+        self._write_aside(step, rows)
+        logger.warning(
+            "step %d is skipped: its loss is %s and its gradient norm %s; its rows are in %s.",
+            step, float(loss), float(norm), self._aside,
+        )  # fmt: skip
+        model.zero_grad()
+        loss_before, self._metrics["train"] = self._before_step
+        self._tr_loss.copy_(loss_before)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        (inputs,), _, _ = agree([inputs], self._host_counts)
+        losses, rewards = [], []
+        for part in passes_of(inputs):
+            part = self._prepare_inputs(part)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, output = self.compute_loss(model, part, return_outputs=True)
+            if part.get("weight", 1.0):
+                losses.append(loss * part.total_weight)
+                rewards.append(torch.stack([output.chosen_rewards, output.rejected_rewards], dim=1))
+        loss = torch.stack(losses).sum() / max(inputs.total_weight, _TINY)
+        if prediction_loss_only:
+            return loss, None, None
+        pairs = torch.cat(rewards)  # (B, 2)
+        return loss, pairs, torch.zeros_like(pairs[:, 0], dtype=torch.long)  # the label: column 0 is the chosen
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of the rows that the arguments ask for; random and sequential are transformers' own."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, Dataset):
+            return super()._get_train_sampler(train_dataset)
+        plain = self.args.train_sampling_strategy in ("random", "sequential")
+        if plain and self.args.max_tokens_per_microbatch is None:
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self._train_batch_size
+        step_size = self.get_total_train_batch_size(self.args)
+        processes = step_size // (batch_size * self.args.gradient_accumulation_steps)
+        self._pair_sampler = pair_sampler(dataset, self.args, self.packing, batch_size, processes)
+        return self._pair_sampler
+
+    def get_train_dataloader(self) -> Any:
+        self._pair_sampler = None
+        loader = super().get_train_dataloader()
+        if self._pair_sampler is not None:
+            # As accelerate does for its own seeded sampler: so that the epoch reaches it also where several processes
+            # resume in the middle of one.
+            loader.set_sampler(self._pair_sampler)
+        return loader
+
+    # What transformers.Trainer asks of a subclass
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs.to(self.args.device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(KEPT)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return int(sum(map(self._step_flops, passes_of(inputs))))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._step_flops = self._flops_of(self._inner(self.model))  # weights may have been frozen since
+        self._throughput.restart()
+        with freed_memory_kept(self.args.device), self._stop_request.listening():
+            output = super().train(*args, **kwargs)
+        self._stop_request.finish()
+        return output
+
+    def _inner_training_loop(self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        self._resumed_from = resume_from_checkpoint
+        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
+                self.check_finite()
+            self._watch.steps.clear()
+            logs.update(self._metrics["train"].take(self._reduce))
+            logs["num_tokens"] = self._throughput.total_unshared
+            dtype = self._autocast_dtype or self._inner(self.model).dtype
+            logs.update(self._throughput.take(dtype))
+        super().log(logs, start_time)
+
+    @property
+    def _aside(self) -> Path:
+        return Path(self.args.output_dir) / "nan_rows.jsonl"
+
+    def _write_aside(self, step: int, rows: Sequence[int]) -> None:
+        self._aside.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(self._aside, step, rows, self.train_dataset, self.args.process_index)
+
+    def check_finite(self) -> None:
+        """Waits for the device, and raises NotFiniteError for the first step since the last log that went wrong."""
+        bad = self._watch.first_bad()
+        if bad is None:
+            return
+        step, loss, norm, rows = bad
+        self._write_aside(step, rows)
+        some = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        raise NotFiniteError(
+            f"the loss of step {step} is {loss} and its gradient norm {norm}. Rows {some} of the training data "
+            f"(counted from 0) made it on this process; they are in {self._aside}. The weights have taken it in: go "
+            "back to a checkpoint before it. Look at the rows, lower learning_rate or set max_grad_norm; "
+            "nan_loss='skip' leaves such steps out."
+        )
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, "sum") if self.accelerator.num_processes > 1 else sums
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        with self._throughput.paused():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Our own mean over pairs replaces the mean over batches, which counts a small last batch as a full one.
+        means = self._metrics["eval"].take(self._reduce)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if eval_dataset is not None and not isinstance(eval_dataset, str | Mapping):
+            eval_dataset = self._prepared(eval_dataset, self.processing_class, self.args, "eval")
+            if self._losses.needs_reference and not has_reference(eval_dataset):
+                self._check_reference_is_left()
+                if self._ref_cache is not None:
+                    eval_dataset = self._with_reference(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._throughput.paused():
+            if self._watch.steps:
+                self.check_finite()
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_state(self, folder)
+            super()._save_checkpoint(model, trial)
+            if self.is_world_process_zero():
+                self.create_model_card(model_name=Path(self.args.output_dir).name, tags=self._tags)
+
+
+class ReferenceFreeTrainer(PreferenceTrainer):
+    """Trainers of pairs without a reference; their constructor is that of TRL's."""
+
+    _config: ClassVar[type[PreferenceConfig]]
+    _method: ClassVar[str]
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Any = None,
+        peft_config: Any = None,
+        compute_metrics: Any = None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        if preprocess_logits_for_metrics is not None:
+            raise ValueError("preprocess_logits_for_metrics has no logits to work on: none are formed; leave it out.")
+        if (model is None) == (model_init is None):
+            raise ValueError("give either model or model_init, which makes one.")
+        model = model_init() if model is None else model
+        super().__init__(
+            model,
+            self._config(output_dir=default_output_dir(model, self._method)) if args is None else args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=named_tokenizer(processing_class, tokenizer),
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+
+
+@contextmanager
+def _lent(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on `device` within it, and then where it was: no memory is held for what is done ahead."""
+    home = next(model.parameters()).device
+    if home == device:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+def _without_keywords(args: Any, ref_model: Any) -> Any:
+    """`model_init_kwargs` are the policy's where the reference is a loaded model."""
+    return args if isinstance(ref_model, str) else SimpleNamespace(model_init_kwargs=None)
+
+
+def _is_plain_adapter(peft_config: Any, model: Any) -> bool:
+    """Whether a new adapter was put on, and the model without it is what it was."""
+    return peft_config is not None and not policy.changes_base(peft_config)
+
+
+def _check_streamed(dataset: Any, args: Any) -> None:
+    if isinstance(dataset, IterableDataset) and args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} needs a data set whose rows can be taken in "
+            "any order, and this one is streamed; leave it out."
+        )
+
+
+def _router_aux_loss_coef(model: Any, args: PreferenceConfig) -> float:
+    """The weight of the load-balancing loss: that of `args`, or of the model's config; 0 without experts."""
+    experts = is_mixture_of_experts(model)
+    if args.router_aux_loss_coef is None:
+        return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0) if experts else 0.0
+    if args.router_aux_loss_coef and not experts:
+        raise UserError(
+            f"router_aux_loss_coef={args.router_aux_loss_coef} is for a mixture of experts, and {type(model).__name__} "
+            "is none; leave it out."
+        )
+    return args.router_aux_loss_coef

@@ -1,0 +1,151 @@
+"""KTOTrainer: single answers, each desirable or not (Ethayarajh et al. 2024, arXiv:2402.01306)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from datasets import Dataset
+
+from fastdpo.data.validate import MISMATCHED, SIDES, common_prefix_length
+from fastdpo.trainer.config import ReferenceConfig, option
+from fastdpo.trainer.dataset import columns_of
+from fastdpo.trainer.engine import PreferenceTrainer
+from fastdpo.trainer.names import default_output_dir, named_tokenizer
+
+_CHUNK = 1000  # rows of pairs that are parted at a time: first all chosen answers, then all rejected ones
+
+
+@dataclass
+class KTOConfig(ReferenceConfig):
+    """Options of KTOTrainer: names and defaults of TRL's KTOConfig, and a few of our own (PreferenceConfig)."""
+
+    train_sampling_strategy: str = option("Order of the training rows, as in DPOConfig.", "sequential")
+    loss_type: str = option("kto or apo_zero_unpaired, or a registered loss of answers.", "kto")
+    beta: float = option("Strength of the pull towards the reference.", 0.1)
+    desirable_weight: float = option("Weight of desirable answers.", 1.0)
+    undesirable_weight: float = option("Weight of undesirable answers.", 1.0)
+
+    def loss_arguments(self) -> dict[str, Any]:
+        names = ("loss_type", "beta", "desirable_weight", "undesirable_weight")
+        return {name: getattr(self, name) for name in names}
+
+    def _check(self) -> None:
+        losses = self.losses()
+        if losses.data != "answers":
+            raise ValueError(
+                f"loss_type {self.loss_type!r} is a loss of {losses.data}; KTOTrainer trains on single answers."
+            )
+        if losses.needs_kl and self.per_device_train_batch_size < 2:
+            raise ValueError(
+                f"per_device_train_batch_size is {self.per_device_train_batch_size}, and loss_type {self.loss_type!r} "
+                "estimates a KL divergence from the batch's answers to other prompts; set it to 2 or more, or take "
+                "loss_type='apo_zero_unpaired'."
+            )
+        super()._check()
+
+
+class KTOTrainer(PreferenceTrainer):
+    """Trains on single answers; the constructor is that of TRL's KTOTrainer.
+
+    Rows have `prompt`, `completion` and `label` (True: desirable); rows of pairs are parted into two. The KL estimate
+    takes for each prompt the answer of another row, of the rows before it in the data; in the packed row it is one more
+    branch behind the prompt. Arguments and errors are those of PreferenceTrainer.
+    """
+
+    args: KTOConfig
+    _tags: ClassVar[list[str]] = ["fastdpo", "kto"]
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: KTOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__(
+            model,
+            KTOConfig(output_dir=default_output_dir(model, "KTO")) if args is None else args,
+            ref_model=ref_model,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=named_tokenizer(processing_class, tokenizer),
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+
+    def _prepared(self, dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
+        if dataset is None:
+            return None
+        prepared = super()._prepared(as_answers(dataset), tokenizer, args, name)
+        if not self._losses.needs_kl or MISMATCHED in columns_of(prepared):
+            return prepared
+        return with_mismatched(prepared, args.per_device_train_batch_size)
+
+
+def as_answers(dataset: Any) -> Any:
+    """Rows of pairs as rows of single answers, the chosen ones desirable; other rows as they are."""
+    if isinstance(dataset, list):
+        if not dataset or not _are_pairs(dataset[0]):
+            return dataset
+        starts = range(0, len(dataset), _CHUNK)
+        return [row for start in starts for row in _parted_rows(dataset[start : start + _CHUNK])]
+    columns = columns_of(dataset)
+    if not _are_pairs(columns):
+        return dataset
+
+    def parted(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        answers = list(_parted_rows(rows))
+        return {column: [row.get(column) for row in answers] for column in answers[0]}
+
+    return dataset.map(parted, batched=True, batch_size=_CHUNK, remove_columns=columns)
+
+
+def _are_pairs(fields: Any) -> bool:
+    return any(name in fields for side in SIDES for name in (side, f"{side}_ids"))
+
+
+def _parted_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for side, label in zip(SIDES, (True, False), strict=True):
+        for row in rows:
+            answer = dict(row)
+            if answer.get("prompt") is None and side in answer:
+                shared = common_prefix_length(row["chosen"], row["rejected"])
+                answer["prompt"], answer[side] = answer[side][:shared], answer[side][shared:]
+            renamed = {side: "completion", f"{side}_ids": "completion_ids", f"ref_{side}_logps": "ref_logps"}
+            dropped = [name for other in SIDES for name in (other, f"{other}_ids", f"ref_{other}_logps")]
+            kept = {name: value for name, value in answer.items() if name not in dropped}
+            yield {**kept, **{new: answer[old] for old, new in renamed.items() if old in answer}, "label": label}
+
+
+def with_mismatched(dataset: Any, batch_size: int) -> Any:
+    """Each row with the answer of the row before it among every `batch_size` rows, the first with that of the last.
+
+    So the answers of which a batch's KL divergence is estimated are those of the batch, each behind another prompt, if
+    the rows come in order.
+    """
+    count = len(dataset) if isinstance(dataset, Dataset) else None
+
+    def rotated(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        answers = batch["completion_ids"]
+        if len(answers) == 1 and count is not None and count > 1:  # left over: the answer of the row before it
+            return {**batch, MISMATCHED: [dataset[count - 2]["completion_ids"]]}
+        return {**batch, MISMATCHED: [answers[-1], *answers[:-1]]}
+
+    return dataset.map(rotated, batched=True, batch_size=batch_size)

@@ -1,0 +1,132 @@
+"""The model to be trained: loaded, with adapters, and what of it cannot be trained this way refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastdpo.types import UserError
+
+# Initialisations of LoRA that change the base weights: without its adapter the model is not what it was.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva")
+
+
+def load(model: Any, args: Any, quantization_config: Any = None, *, auto_class: Any = AutoModelForCausalLM) -> Any:
+    """A model as it is, or loaded from a name or path with `args.model_init_kwargs`.
+
+    Raises:
+        ValueError: keywords of loading for a model that is loaded.
+    """
+    keywords = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    if not isinstance(model, str):
+        for name, value in (("quantization_config", quantization_config), ("model_init_kwargs", keywords or None)):
+            if value is not None:
+                raise ValueError(f"{name} is for a model given by name; load this one so, or pass its name.")
+        return model
+    if quantization_config is not None and "quantization_config" in keywords:
+        raise ValueError("quantization_config is given twice, also in model_init_kwargs; leave one of them out.")
+    options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | keywords
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    return auto_class.from_pretrained(model, **options)
+
+
+def with_adapter(model: Any, peft_config: Any) -> Any:
+    """The model wrapped in a new PEFT adapter.
+
+    Raises:
+        ValueError: it has adapters already; `peft_config` is no PEFT config.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise ValueError(f"peft_config is {type(peft_config).__name__}; it must be a peft config, as peft.LoraConfig.")
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "the model has adapters, and peft_config would put one more on it; leave peft_config out to train "
+            "those, or merge them (model.merge_and_unload()) and pass the merged model."
+        )
+    return get_peft_model(model, peft_config)
+
+
+def check_adapters(model: Any, inner: Any) -> None:
+    """That log-probs from hidden states and head weight are those of the model with its adapters.
+
+    Raises:
+        ValueError: an adapter on the head, or one that puts virtual tokens before each row.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, config in model.peft_config.items():
+        if config.is_prompt_learning:
+            raise UserError(
+                f"the adapter {name!r} ({config.peft_type.value}) puts virtual tokens before every sequence, which "
+                "packed rows and cached references have no place for; take LoRA or another adapter of weights."
+            )
+    if isinstance(inner.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            "there is an adapter on the model's head, and log-probs come from the head's own weight, so it would not "
+            "be trained; leave the head out of target_modules, or train it whole with modules_to_save=['lm_head']."
+        )
+
+
+def changes_base(peft_config: Any) -> bool:
+    """Whether putting on such an adapter changes the weights beneath it."""
+    start = getattr(peft_config, "init_lora_weights", None)
+    return isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
+
+
+def base_is_the_start(model: Any) -> bool:
+    """Whether a PEFT model computes what its base computes with adapters off: adapters that have learnt nothing yet."""
+    if any(map(changes_base, model.peft_config.values())):
+        return False
+    values = dict(model.named_parameters())
+    seconds = [name for name in values if ".lora_B." in name or ".lora_embedding_B." in name]
+    if not seconds or any(bool(values[name].any()) for name in seconds):
+        return False
+    for name, value in values.items():
+        if ".modules_to_save." in name:
+            before, after = name.split(".modules_to_save.")
+            original = values[f"{before}.original_module.{after.split('.', 1)[1]}"]
+            if not torch.equal(original.to(value.device), value):
+                return False
+    return True
+
+
+def prepare_tokenizer(processing_class: Any, inner: Any, args: Any) -> Any:
+    """The tokenizer, with a padding token, which the model's configs then name, too.
+
+    Raises:
+        UserError: none can be loaded, or it has no token to pad with.
+    """
+    if processing_class is None:
+        name = inner.config._name_or_path
+        try:
+            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no tokenizer was passed, and none can be loaded from {name!r}; pass processing_class=..."
+            ) from error
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    wanted = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    if wanted is None:
+        raise UserError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token.")
+    if wanted not in tokenizer.get_vocab():
+        raise UserError(f"pad_token is {wanted!r}, which the tokenizer does not know; name one of its tokens.")
+    tokenizer.pad_token = wanted
+    inner.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if getattr(inner, "generation_config", None) is not None:
+        inner.generation_config.pad_token_id = tokenizer.pad_token_id
+    return processing_class
+
+
+def disable_dropout(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (not every module has it)

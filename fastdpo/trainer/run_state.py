@@ -1,0 +1,107 @@
+"""What a checkpoint holds beside transformers' own files, so that a resumed run goes on to the bit.
+
+fastdpo_state.json      sums of metrics and of the loss since the last log, tokens seen
+reference.safetensors   a moving reference as it is now
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from fastdpo.evaluation import generate_from_ids
+
+if TYPE_CHECKING:
+    from fastdpo.trainer.engine import PreferenceTrainer
+
+STATE, REFERENCE = "fastdpo_state.json", "reference.safetensors"
+
+
+def save_state(trainer: PreferenceTrainer, folder: Path) -> None:
+    """All processes call it; the first one writes."""
+    sums = trainer._metrics["train"].state(trainer._reduce)
+    loss = trainer._reduce(trainer._tr_loss.clone()) / trainer.accelerator.num_processes
+    if not trainer.args.should_save:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        "metrics": sums,
+        "loss_since_log": float(loss),
+        "last_logged": trainer._globalstep_last_logged,
+        "num_tokens": trainer._throughput.total_unshared,
+    }
+    (folder / STATE).write_text(json.dumps(state))
+    if getattr(trainer.args, "sync_ref_model", False):
+        held = {name: value.contiguous() for name, value in trainer.ref_model.named_parameters()}
+        save_file(held, folder / REFERENCE)
+
+
+def load_state(trainer: PreferenceTrainer, folder: Path) -> None:
+    """A checkpoint of another program has no such state: then the first logged means begin at the checkpoint."""
+    if getattr(trainer.args, "sync_ref_model", False):
+        if not (folder / REFERENCE).exists():
+            raise ValueError(f"{folder} holds no {REFERENCE}, and sync_ref_model=True has moved the reference; "
+                             "the run cannot be resumed from there.")  # fmt: skip
+        held = load_file(folder / REFERENCE)
+        with torch.no_grad():
+            for name, value in trainer.ref_model.named_parameters():
+                value.copy_(held[name])
+    if not (folder / STATE).exists():
+        return
+    state = json.loads((folder / STATE).read_text())
+    trainer._throughput.total_unshared = state["num_tokens"]
+    trainer._globalstep_last_logged = state["last_logged"]
+    trainer._tr_loss += state["loss_since_log"]
+    if trainer.is_world_process_zero():
+        trainer._metrics["train"].restore(state["metrics"], trainer.args.device)
+
+
+class RunCallback(TrainerCallback):
+    """Acts on the events of a run for the trainer it belongs to."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer._watch.steps.clear()
+        if trainer._resumed_from:
+            load_state(trainer, Path(trainer._resumed_from))
+        if args.show_generations and not trainer._resumed_from:
+            self._show("before")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer._step_parts.losses:  # none where the step was skipped
+            trainer._watch.add(state.global_step, *trainer._step_parts.take())
+        if getattr(args, "sync_ref_model", False) and state.global_step % args.ref_model_sync_steps == 0:
+            trainer._reference.move(trainer.model, args.ref_model_mixup_alpha)
+        asked = trainer._stop_request.signal is not None and trainer.accelerator.num_processes == 1
+        if asked or trainer._stop_agreed:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.show_generations and self.trainer._stop_request.signal is None:
+            self._show("after")
+
+    def _show(self, when: str) -> None:
+        trainer = self.trainer
+        named = dict(trainer._named_datasets())
+        dataset: Any = next((part for name, part in named.items() if name != "train"), named.get("train"))
+        prompts = [row["prompt_ids"] for _, row in zip(range(trainer.args.show_generations), dataset, strict=False)]
+        tokenizer = trainer._tokenizer
+        answers = generate_from_ids(trainer.accelerator.unwrap_model(trainer.model), tokenizer, prompts)
+        if not trainer.is_world_process_zero():
+            return
+        path = Path(trainer.args.output_dir) / "generations.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            for ids, answer in zip(prompts, answers, strict=True):
+                prompt = tokenizer.decode(ids)
+                print(f"{when} training: {prompt!r} -> {answer!r}")
+                file.write(json.dumps({"when": when, "prompt": prompt, "answer": answer}) + "\n")
