@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,11 +85,11 @@ def lm_head(model: Any) -> LMHead:
 
 def target_hidden_states(model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto") -> Tensor:
     """(N, D): the hidden states that predict the batch's targets. `model` as `causal_lm` returns it."""
-    return _backbone(model, batch, attention_backend)[0]
+    return run_backbone(model, batch, attention_backend)[0][batch.target_rows]
 
 
-def _backbone(model: Any, batch: PreferenceBatch, attention_backend: str, **options: Any) -> tuple[Tensor, Any]:
-    """The targets' hidden states, and all that the backbone returned."""
+def run_backbone(model: Any, batch: PreferenceBatch, attention_backend: str, **options: Any) -> tuple[Tensor, Any]:
+    """The hidden states of all tokens, (T, D) packed and (S * T, D) padded, and all that the backbone returned."""
     backbone = model.base_model
     if backbone is model:  # Llama 4's text model names its backbone otherwise than it says
         backbone = getattr(model, "model", model)
@@ -112,7 +112,7 @@ def _backbone(model: Any, batch: PreferenceBatch, attention_backend: str, **opti
         with packed_forward(model):
             output = backbone(**inputs, attention_mask=mask, **packed)
     hidden = output[0]
-    return hidden.reshape(-1, hidden.shape[-1])[batch.target_rows], output
+    return hidden.reshape(-1, hidden.shape[-1]), output
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def forward_logps(
     """`fastdpo.sequence_logps`, through the model's own forward where something is wrapped around it; unverified."""
     inner = causal_lm(model)
     options: dict[str, Any] = {"attention_backend": attention_backend, "ld_alpha": ld_alpha}
-    if _has_wrapper(model):
+    if has_wrapper(model):
         extend_forward(inner)
         return model(preference_batch=batch, pass_options=options)
     return _sequence_logps(inner, batch, **options)
@@ -180,7 +180,7 @@ def _sequence_logps(inner: Any, batch: PreferenceBatch, *, attention_backend: st
 def forward_loss(model: Any, batch: PreferenceBatch, ref_logps: Tensor | None, **options: Any) -> LossOutput:
     """`fastdpo.batch_loss`, in the same way."""
     inner = causal_lm(model)
-    if _has_wrapper(model):
+    if has_wrapper(model):
         extend_forward(inner)
         return LossOutput.from_dict(model(preference_batch=batch, ref_logps=ref_logps, loss_options=options))
     return _batch_loss(inner, batch, ref_logps, **options)
@@ -196,11 +196,16 @@ def _batch_loss(
     **options: Any,
 ) -> LossOutput:
     router = {"output_router_logits": True} if router_aux_loss_coef else {}
-    hidden, backbone_output = _backbone(inner, batch, attention_backend, **router)
+    hidden, backbone_output = run_backbone(inner, batch, attention_backend, **router)
     head = lm_head(inner)
     given = {name: batch[name] for name in _LOSS_INPUTS if name in batch}
+    if isinstance(ref_logps, Tensor) and len(ref_logps) != batch.num_sequences:
+        raise ValueError(
+            f"ref_logps has shape {tuple(ref_logps.shape)}; this batch of {batch.data} has {batch.num_sequences} "
+            "sequences."
+        )
     output = linear_loss(
-        hidden,
+        hidden[batch.target_rows],
         head.weight,
         batch.target_ids,
         batch.get("ref_logps") if ref_logps is None else ref_logps,
@@ -212,26 +217,33 @@ def _batch_loss(
     if not router_aux_loss_coef:
         return output
     aux_loss = _load_balancing_loss(inner, backbone_output.router_logits, batch)
-    weight = batch.num_pairs if options.get("reduction") == "sum" else 1  # as much a pair, however the batch is reduced
+    weight = batch.total_weight if options.get("reduction") == "sum" else 1  # as much a pair, however it is reduced
     return replace(output, loss=output.loss + router_aux_loss_coef * weight * aux_loss, aux_loss=aux_loss.detach())
 
 
 _LOSS_INPUTS = ("pair_weights", "list_sizes", "desirable", "mean_chosen_length")  # of a batch, where it has them
 
 
-def _has_wrapper(model: Any) -> bool:
+def has_wrapper(model: Any) -> bool:
     """Whether a pass must go through the model's own forward: data-parallel wrappers and sharded models act there."""
     if isinstance(model, FSDPModule) or isinstance(getattr(model, "module", None), torch.nn.Module):
         return True
-    return hasattr(model, "get_base_model") and _has_wrapper(model.get_base_model())
+    return hasattr(model, "get_base_model") and has_wrapper(model.get_base_model())
 
 
-def extend_forward(inner: Any) -> None:
+def _run_batch(inner: Any, batch: PreferenceBatch, *, ref_logps: Any, loss_options: Any, pass_options: Any) -> Any:
+    if loss_options is not None:
+        return _batch_loss(inner, batch, ref_logps, **loss_options).to_dict()
+    return _sequence_logps(inner, batch, **pass_options)
+
+
+def extend_forward(inner: Any, run: Callable[..., Any] = _run_batch) -> None:
     """Lets a causal LM take `preference_batch=`: `inner(preference_batch=..., ref_logps=..., loss_options=...)` is
     `forward_loss(...).to_dict()`, and with `pass_options=` in their place `forward_logps`. Other calls are as before.
 
     On the instance, not the class: the pass then runs inside whatever wraps this model's forward. As a bound method
-    that holds nothing else, so that a copy of the model is bound to the copy.
+    that holds nothing else, so that a copy of the model is bound to the copy. `run` is what such a call does, for
+    models with another head.
     """
     before = inner.__dict__.get("forward")
     if getattr(before, "__func__", None) is not None and hasattr(before, "takes_preference_batch"):
@@ -248,10 +260,9 @@ def extend_forward(inner: Any) -> None:
         pass_options: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if preference_batch is not None and loss_options is not None:
-            return _batch_loss(self, preference_batch, ref_logps, **loss_options).to_dict()
         if preference_batch is not None:
-            return _sequence_logps(self, preference_batch, **pass_options)
+            own = {"ref_logps": ref_logps, "loss_options": loss_options, "pass_options": pass_options}
+            return run(self, preference_batch, **own)
         # Somebody else's override (offloading hooks, say) goes on working.
         return original(self, *args, **kwargs) if before is None else before(*args, **kwargs)
 

@@ -35,10 +35,17 @@ def load_data(dataset: str | Path, eval_dataset: str | Path | None) -> RunData:
         DataError: names file, row and remedy.
     """
     from fastdpo.data import read_rows, validate_rows
+    from fastdpo.data.validate import data_of
 
     def load(path: str | Path) -> list[dict[str, Any]]:
         rows, places = read_rows(path)
         validate_rows(rows, places)
+        for row, place in zip(rows, places, strict=True):
+            if data_of(row) != "pairs":
+                raise DataError(
+                    f"{place}: it is one of {data_of(row)}, and this command trains on pairs (prompt, chosen, "
+                    "rejected); train on others from Python (examples/ranked_lists.py, fastdpo.KTOTrainer)."
+                )
         return rows
 
     train = load(dataset)

@@ -1,11 +1,12 @@
-"""Whether a model can run packed: compared with its own logits, sequence by sequence, before any training."""
+"""Whether a model can run packed: compared with its own outputs, sequence by sequence, before any training."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, list[int]]
 
-# How far a packed log-prob may lie from the model's own, in nats a token, by the dtype of the arithmetic.
+# How far a packed log-prob may lie from the model's own, in nats a token, by the dtype of the arithmetic; and a score,
+# in standard deviations.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 _CANNOT_RUN = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError)
 
@@ -29,29 +31,77 @@ _CANNOT_RUN = (TypeError, ValueError, AttributeError, KeyError, IndexError, Runt
 _verified: weakref.WeakKeyDictionary[torch.nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 
 
-def ensure_verified(model: Any, packing: str, attention_backend: str) -> None:
+@dataclass(frozen=True)
+class Compared:
+    """What of a model is compared; R rows of token ids have 2R sequences, chosen first.
+
+    what, unit  in messages: "log-probs" that are off by so many "nats a token"
+    inner       model -> the transformers model inside adapters and wrappers
+    vocabulary  of that model: a weight with a row a token, where batches must be
+    ours        (model, rows, packing, attention backend) -> (2R,) on the CPU, of a batch of these rows
+    theirs      (model, rows) -> (2R,) on the CPU, from the model's own outputs, each sequence run alone
+    scale       (rows, theirs) -> by what differences are divided
+    """
+
+    what: str
+    unit: str
+    inner: Callable[[Any], Any]
+    vocabulary: Callable[[Any], Tensor]
+    ours: Callable[[Any, list[Row], str, str], Tensor]
+    theirs: Callable[[Any, list[Row]], Tensor]
+    scale: Callable[[list[Row], Tensor], Tensor]
+
+
+def _packed_logps(model: Any, rows: list[Row], packing: str, attention_backend: str) -> Tensor:
+    batch = PreferenceCollator(packing=packing)(rows).to(causal_lm(model).get_output_embeddings().weight.device)
+    return forward_logps(model, batch, attention_backend=attention_backend).cpu()
+
+
+def _own_logps(model: Any, rows: list[Row]) -> Tensor:
+    """Sums of the completions' log-probs, chosen first, from the logits of each sequence run alone."""
+    return torch.stack(
+        [
+            own_logps(model, row["prompt_ids"], row[side]).sum()
+            for side in ("chosen_ids", "rejected_ids")
+            for row in rows
+        ]
+    )
+
+
+LOG_PROBS = Compared(
+    what="log-probs",
+    unit="nats a token",
+    inner=causal_lm,
+    vocabulary=lambda inner: inner.get_output_embeddings().weight,
+    ours=_packed_logps,
+    theirs=_own_logps,
+    scale=lambda rows, _: torch.tensor([len(row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]),
+)
+
+
+def ensure_verified(model: Any, packing: str, attention_backend: str, compared: Compared = LOG_PROBS) -> None:
     """`verify_packing`, where the model has not passed it yet."""
     if torch.compiler.is_compiling():
         return
-    inner = causal_lm(model)
+    inner = compared.inner(model)
     if (packing, attention_backend, _arithmetic(inner)) not in _verified.get(inner, ()):
-        verify_packing(model, packing, attention_backend=attention_backend)
+        verify_packing(model, packing, attention_backend=attention_backend, compared=compared)
 
 
-def choose_packing(model: Any, wanted: str, attention_backend: str = "auto") -> str:
-    """The wanted packing, verified; for "auto", the first one that gives this model's own log-probs.
+def choose_packing(model: Any, wanted: str, attention_backend: str = "auto", compared: Compared = LOG_PROBS) -> str:
+    """The wanted packing, verified; for "auto", the first one that gives this model's own log-probs (or scores).
 
     Raises:
         UserError: as `verify_packing`; for "auto", where none suits, or none that the named backend serves.
     """
     if wanted != "auto":
-        ensure_verified(model, wanted, attention_backend)
+        ensure_verified(model, wanted, attention_backend, compared)
         return wanted
     refusals: list[str] = []
     # Padded rows run in the model's own attention, so whoever names a backend wants one of the others.
     for packing in PACKINGS if attention_backend == "auto" else PACKINGS[:2]:
         try:
-            ensure_verified(model, packing, attention_backend)
+            ensure_verified(model, packing, attention_backend, compared)
         except UserError as error:
             refusals.append(str(error))
             continue
@@ -61,26 +111,24 @@ def choose_packing(model: Any, wanted: str, attention_backend: str = "auto") -> 
     raise UserError(f"no way of packing suits this model: {' '.join(refusals)}")
 
 
-def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto") -> None:
-    """Runs small random pairs as `packing` says and compares them with the model's own logits.
+def verify_packing(
+    model: Any, packing: str, *, attention_backend: str = "auto", compared: Compared = LOG_PROBS
+) -> None:
+    """Runs small random pairs as `packing` says and compares them with the model's own outputs.
 
     Three pairs: two with one prompt, one of these with answers that begin alike. Run again with other tokens in half of
     the sequences, the rest must stay as it was: nothing leaks from one to another.
 
     Raises:
-        UserError: the model does not run this way, or its log-probs differ: packed attention, positions, or the head's
-            scale and softcap are not what this architecture does.
+        UserError: the model does not run this way, or what is compared differs: packed attention, positions, or the
+            head's scale and softcap are not what this architecture does.
     """
-    inner = causal_lm(model)
-    weight = inner.get_output_embeddings().weight
+    inner = compared.inner(model)
+    vocabulary = compared.vocabulary(inner).shape[0]
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
-        return torch.randint(weight.shape[0], (count,), generator=generator).tolist()
-
-    def logps(some: list[Row]) -> Tensor:
-        batch = PreferenceCollator(packing=packing)(some).to(weight.device)
-        return forward_logps(model, batch, attention_backend=attention_backend).cpu()
+        return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
     shared, common = draw(6), draw(3)
     rows = [
@@ -96,11 +144,11 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
     attention = inner.config._attn_implementation
     try:
         with evaluating(model), torch.no_grad():
-            theirs = _own_logps(model, rows)
+            theirs = compared.theirs(model, rows)
             try:
                 with packed_layers() as layers:
-                    ours = logps(rows)
-                again = logps(others)
+                    ours = compared.ours(model, rows, packing, attention_backend)
+                again = compared.ours(model, others, packing, attention_backend)
             except torch.OutOfMemoryError:
                 raise
             except _CANNOT_RUN as error:
@@ -112,36 +160,25 @@ def verify_packing(model: Any, packing: str, *, attention_backend: str = "auto")
                 "run attention through transformers' attention interface; the others (recurrent, linear or "
                 "hand-written attention) would mix the packed sequences. Use packing='padded', or packing='auto'."
             )
-        lengths = torch.tensor([len(row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows])
+        scale = compared.scale(rows, theirs)
         tolerance = _TOLERANCE.get(_arithmetic(inner), 1e-4)
-        leak = ((ours - again).abs() / lengths)[unchanged].max().item()
+        leak = ((ours - again).abs() / scale)[unchanged].max().item()
         if packing != "padded" and not leak <= tolerance / 3:
             raise UserError(
                 f"packing={packing!r} cannot serve {type(inner).__name__}: other sequences of the row move the "
-                f"log-probs of one by {leak:.2g} nats a token. Use packing='padded', or packing='auto'."
+                f"{compared.what} of one by {leak:.2g} {compared.unit}. Use packing='padded', or packing='auto'."
             )
-        off = ((ours - theirs).abs() / lengths).max().item()
+        off = ((ours - theirs).abs() / scale).max().item()
         if not off <= tolerance:
             raise UserError(
-                f"packing={packing!r} does not give the log-probs of {type(inner).__name__}: off by {off:.2g} nats a "
-                "token on a small test batch. Use packing='padded', or packing='auto' to have it chosen."
+                f"packing={packing!r} does not give the {compared.what} of {type(inner).__name__}: off by {off:.2g} "
+                f"{compared.unit} on a small test batch. Use packing='padded', or packing='auto' to have it chosen."
             )
         _verified.setdefault(inner, set()).add((packing, attention_backend, _arithmetic(inner)))
     except ValueError:
         if inner.config._attn_implementation != attention:
             inner.set_attn_implementation(attention)
         raise
-
-
-def _own_logps(model: Any, rows: list[Row]) -> Tensor:
-    """Sums of the completions' log-probs, chosen first, from the logits of each sequence run alone."""
-    return torch.stack(
-        [
-            own_logps(model, row["prompt_ids"], row[side]).sum()
-            for side in ("chosen_ids", "rejected_ids")
-            for row in rows
-        ]
-    )
 
 
 def own_logps(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:

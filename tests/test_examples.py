@@ -1,13 +1,15 @@
 """The examples, and the README's code."""
 
+import ast
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, word_tokenizer
+from tiny import tiny_model, word_tokenizer, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,15 +21,85 @@ def load(path):
     return module
 
 
-def test_custom_loop(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    word_tokenizer().save_pretrained(tmp_path / "model")
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """Runs an example's `main` on a tiny model and rows; what it leaves behind stands in folders of this test."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(home))
+
+    def run(name, *arguments, rows=None, model=True):
+        words = list(arguments)
+        if model:
+            folder = tmp_path / "model"
+            tiny_model().save_pretrained(folder)
+            word_tokenizer().save_pretrained(folder)
+            words += ["--model", str(folder)]
+        if rows is not None:
+            words += ["--dataset", write_rows(tmp_path / "rows.jsonl", rows)]
+        torch.manual_seed(0)
+        result = load(ROOT / "examples" / f"{name}.py").main(words)
+        assert not [*home.rglob("*"), *here.rglob("*")]
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("options, fall", [((), 0.2), (("--lora",), 0.05)])
+def test_custom_loop(example, capsys, options, fall):
     rows = [{"prompt": f"why {w}", "chosen": " yes", "rejected": " no no"} for w in ("a", "b", "c", "d")] * 4
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    losses = load(ROOT / "examples" / "custom_loop.py").main(
-        ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "pairs.jsonl"), "--learning_rate", "1e-2"]
-    )
-    assert losses[0] == pytest.approx(0.693147, abs=1e-4) and losses[1] < losses[0] - 0.05
+    if options:
+        pytest.importorskip("peft")
+    losses = example("custom_loop", "--learning_rate", "1e-2", *options, rows=rows)
+    assert len(losses) == 2 and losses[0] == pytest.approx(0.693147, abs=1e-4) and losses[1] < losses[0] - fall
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss ")]
+    assert [float(line.split()[1]) for line in printed] == pytest.approx(losses, abs=1e-4)
+    margins = [float(line.split()[3]) for line in printed]
+    assert margins[0] == pytest.approx(0.0, abs=1e-3) and margins[1] > 0.05
+
+
+def test_the_custom_loop_is_short():
+    """Lines of code of `train`, without blank ones, comments and the docstring."""
+    source = (ROOT / "examples" / "custom_loop.py").read_text()
+    (train,) = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "train"]
+    body = train.body[1:] if ast.get_docstring(train) else train.body
+    lines = source.splitlines()[train.lineno - 1 : train.body[0].lineno - 1]
+    lines += source.splitlines()[body[0].lineno - 1 : train.end_lineno]
+    assert sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines) < 25
+
+
+def test_plain_logits(example, capsys):
+    accuracies = example("plain_logits", "--steps", "8", model=False)
+    assert len(accuracies) == 8 and accuracies[0] < 0.6 and accuracies[-1] == 1.0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    losses = [float(words[3]) for words in printed]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-3) and losses[-1] < 0.3 and len(losses) == 8
+    assert [float(words[5]) for words in printed] == pytest.approx(accuracies, abs=0.01)
+
+
+def test_ranked_lists(example, capsys):
+    rows = [
+        {"prompt": f"why {word}", "completions": [" no no", " yes", " hello"], "ranks": [3, 1, 2]} for word in "abcde"
+    ]
+    rows += [{"prompt": f"why {word} {word}", "completions": [" yes", " no no", " hello"]} for word in "abc"]
+    history = example("ranked_lists", "--epochs", "4", "--learning_rate", "1e-2", rows=rows)
+    (first, _), (last, ordered) = history[0], history[-1]
+    assert len(history) == 8 and first == pytest.approx(math.log(6), abs=1e-3)  # of 3! orders each as likely
+    assert last < 0.6 * first and ordered > 0.8
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert [(float(words[3]), float(words[6])) for words in printed] == [
+        (pytest.approx(loss, abs=1e-4), pytest.approx(share, abs=0.01)) for loss, share in history
+    ]
+
+
+def test_online_samples(example, capsys):
+    rewards = example("online_samples", "--steps", "14", "--learning_rate", "1e-2")
+    assert len(rewards) == 14 and sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [float(words[4]) for words in printed] == pytest.approx(rewards, abs=1e-3)
 
 
 @pytest.mark.slow

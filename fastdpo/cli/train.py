@@ -42,7 +42,9 @@ def add_commands(commands: Any) -> None:
     data.add_argument("--output_dir", required=True, metavar="DIR", help="where model, report.png and summary.json go")
     training = train.add_argument_group("training")
     training.add_argument("--beta", type=float, default=0.1, help="pull towards the reference (default 0.1)")
-    training.add_argument("--loss_type", default="sigmoid", help="sigmoid, hinge or ipo (default sigmoid)")
+    training.add_argument(
+        "--loss_type", default="sigmoid", help="a loss of pairs: sigmoid, ipo, simpo, ... (default sigmoid)"
+    )
     training.add_argument("--learning_rate", type=float, default=1e-6, help="peak of the schedule (default 1e-6)")
     training.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the data (default 1)")
     training.add_argument("--max_steps", type=int, default=-1, help="optimizer steps, in place of epochs")
@@ -132,6 +134,8 @@ def _config(output_dir: str, named: dict[str, Any], rest: list[str]) -> Any:
     }
     values = {**defaults, **{name: value for name, value in named.items() if value is not None}}
     given = [argument[2:].split("=")[0].replace("-", "_") for argument in rest if argument.startswith("--")]
+    if {"reference_free", "sync_ref_model"} & set(given):  # there is nothing fixed to compute ahead
+        values["precompute_ref_log_probs"] = False
     known = DPOConfig.__dataclass_fields__
     for name in given:
         if name not in known:

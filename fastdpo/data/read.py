@@ -18,7 +18,16 @@ from itertools import repeat
 from pathlib import Path
 from typing import IO, Any
 
-from fastdpo.data.validate import SIDES, TOKENIZED, bad_rows, row_problem
+from fastdpo.data.validate import (
+    ID_COLUMNS,
+    SIDES,
+    TEXT_COLUMNS,
+    TOKENIZED,
+    bad_rows,
+    data_of_fields,
+    is_tokenized,
+    row_problem,
+)
 from fastdpo.types import DataError
 
 LONGEST_LINE = 1 << 28  # bytes; more is no row, and would fill the memory
@@ -313,7 +322,9 @@ class _Table(_Part):
 
     def __init__(self, name: str, columns: Sequence[str], length: int, read: Callable[[], Iterator[Any]]) -> None:
         self.name, self.length, self.read = name, length, read
-        wanted = TOKENIZED if any(column in TOKENIZED for column in columns) else SIDES
+        fields = dict.fromkeys(columns)
+        data = data_of_fields(fields)
+        wanted = ID_COLUMNS[data] if is_tokenized(fields) else TEXT_COLUMNS[data]
         missing = [column for column in wanted if column not in columns]
         if missing and not set(SIDES) <= set(columns):
             raise DataError(

@@ -11,6 +11,8 @@ import numpy as np
 from fastdpo.data.validate import ID_COLUMNS, common_prefix_length, data_of, is_chat, is_tokenized
 from fastdpo.types import DataError, UserError
 
+_KEPT = {"pairs": ("pair_weight",), "lists": ("ranks", "pair_weight"), "answers": ("label", "pair_weight")}
+
 
 def tokenize_row(row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Token ids of one row: {"prompt_ids", "chosen_ids", "rejected_ids"} of a pair.
@@ -24,7 +26,7 @@ def tokenize_row(row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     differently alone (with an empty thinking block, say) than in context, and tokens may merge across the border.
     """
     data = data_of(row)
-    kept = {name: row[name] for name in ("ranks", "label", "pair_weight") if row.get(name) is not None}
+    kept = {name: row[name] for name in _KEPT[data] if row.get(name) is not None}
     if is_tokenized(row):
         return {**{name: _lists(row[name]) for name in ID_COLUMNS[data]}, **kept}
     prompt, answers = _parts(row, data)

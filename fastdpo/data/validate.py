@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ ID_COLUMNS = {
     "lists": ("prompt_ids", "completions_ids"),
     "answers": ("prompt_ids", "completion_ids"),
 }
+# Of text and messages those that must be there; a pair's prompt may be what both answers begin with.
+TEXT_COLUMNS = {"pairs": SIDES, "lists": ("prompt", "completions"), "answers": ("prompt", "completion", "label")}
 # Sums of the reference's log-probs, where a row has them; of a list K of them, in the order of its completions.
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 REFERENCES = {"pairs": REF_COLUMNS, "lists": ("ref_logps",), "answers": ("ref_logps",)}
@@ -35,10 +39,21 @@ def is_tokenized(row: Mapping[str, Any]) -> bool:
 
 
 def data_of(row: Mapping[str, Any]) -> str:
-    """What a row is, by its fields: "lists" (completions), "answers" (completion) or "pairs" (chosen, rejected)."""
-    if "completions" in row or "completions_ids" in row:
+    """What a row is, by its fields: "lists" (completions), "answers" (completion) or "pairs" (chosen, rejected).
+
+    Fields that are None, as tables fill in what a row lacks, are not there.
+    """
+    given = [name for name, value in row.items() if value is not None]
+    answers = ("completions", "completions_ids", "completion", "completion_ids", *SIDES, *TOKENIZED[1:])
+    return data_of_fields(given if any(name in given for name in answers) else row)
+
+
+def data_of_fields(names: Iterable[str]) -> str:
+    """`data_of` by the names alone: of columns, say."""
+    names = set(names)
+    if names & {"completions", "completions_ids"}:
         return "lists"
-    return "answers" if "completion" in row or "completion_ids" in row else "pairs"
+    return "answers" if names & {"completion", "completion_ids"} else "pairs"
 
 
 def is_chat(value: Any) -> bool:
@@ -46,10 +61,11 @@ def is_chat(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
 
 
-def reference_names(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The columns of the reference's sums that a row of these fields would have."""
-    names = REFERENCES[data_of(row)]
-    return (*names, REF_MISMATCHED) if MISMATCHED in row else names
+def reference_names(fields: Iterable[str]) -> tuple[str, ...]:
+    """The columns of the reference's sums that a row with these fields would have."""
+    fields = set(fields)
+    names = REFERENCES[data_of_fields(fields)]
+    return (*names, REF_MISMATCHED) if MISMATCHED in fields else names
 
 
 def validate_rows(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
@@ -70,12 +86,20 @@ def bad_rows(first: str, more: int) -> DataError:
 
 def row_problem(row: Mapping[str, Any]) -> str | None:
     """What is wrong with the row and how to mend it, or None."""
+    weight = row.get("pair_weight")
+    if weight is not None and not _is_weight(weight):
+        return f"'pair_weight' is {weight!r}; it must be a finite number, not below 0."
     if is_tokenized(row):
         return _tokenized_problem(row)
     problem = {"pairs": _pair_problem, "lists": _list_problem, "answers": _answer_problem}[data_of(row)](row)
     if problem is None and row.get("prompt") is not None and _is_empty(row["prompt"]):
         problem = "'prompt' is empty; write the question or remove the row."
     return problem
+
+
+def _is_weight(value: Any) -> bool:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
 
 
 def _pair_problem(row: Mapping[str, Any]) -> str | None:
@@ -138,6 +162,8 @@ def ranks_problem(count: int, ranks: Any) -> str | None:
         return f"a ranking needs at least two completions, and there are {count}; add some or remove the row."
     if ranks is None:
         return None
+    if not isinstance(ranks, list | tuple | np.ndarray):
+        return f"'ranks' is {ranks!r}; it must be a list, one number for each completion."
     ranks = list(ranks)
     if len(ranks) != count:
         return f"there are {len(ranks)} ranks for {count} completions; give each completion one."
@@ -206,7 +232,7 @@ def _tokenized_problem(row: Mapping[str, Any]) -> str | None:
         if ids is None:
             return f"the field {name!r} is missing; tokenized rows need {', '.join(ID_COLUMNS[data])}."
         if name == "completions_ids":
-            if not (isinstance(ids, list | tuple) and all(_are_ids(each) for each in ids)):
+            if not (isinstance(ids, list | tuple | np.ndarray) and all(_are_ids(each) for each in ids)):
                 return f"{name!r} must be a list of lists of token ids (integers from 0)."
         elif not _are_ids(ids):
             return f"{name!r} must be a list of token ids (integers from 0)."
@@ -215,7 +241,13 @@ def _tokenized_problem(row: Mapping[str, Any]) -> str | None:
     if data == "answers":
         return _label_problem(row)
     if data == "lists":
-        return ranks_problem(len(row["completions_ids"]), row.get("ranks"))
+        known = [tuple(ids) for ids in row["completions_ids"]]
+        if len(set(known)) < len(known):
+            place = next(place for place, ids in enumerate(known) if ids in known[:place])
+            return (
+                f"completions_ids[{place}] stands in the list before, too, so the two cannot be ranked; leave one out."
+            )
+        return ranks_problem(len(known), row.get("ranks"))
     if list(row["chosen_ids"]) == list(row["rejected_ids"]):
         return "'chosen_ids' and 'rejected_ids' are the same, so there is no preference to learn; remove the row."
     return None

@@ -65,12 +65,17 @@ def packed_sequences(
         if losses.data == "pairs" and count % 2:
             raise ValueError(f"the largest of sequence_ids is {count - 1}; with ids in [0, 2B) it must be odd.")
     check_count(count, losses)
-    if num_rows and sequence_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if num_rows and known_on_host(sequence_ids):
         low, high = (int(bound) for bound in sequence_ids.aminmax())
         if low < 0 or high >= count:
             what = f"{count // 2} pairs" if losses.data == "pairs" else f"{count} sequences"
             raise ValueError(f"sequence_ids lie in [{low}, {high}]; {what} need ids in [0, {count}).")
     return count
+
+
+def known_on_host(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_count(num_sequences: int, losses: WeightedLosses) -> None:
@@ -114,7 +119,7 @@ def with_kl(
     if isinstance(refs, Tensor) and len(refs) == 2 * own:
         refs, ref_mismatched = refs[:own], refs[own:]
     if losses.needs_kl and (kl is None or over_processes is not None):
-        if mismatched_logps is None or sequence_ids is None:
+        if mismatched_logps is None or sequence_ids is None or not (len(sequence_ids) or ref_mismatched is not None):
             raise ValueError(
                 f"kl is missing, and loss_type {losses.names} needs it: give a number, or behind the answers as many "
                 "to other prompts, of which it is estimated."
@@ -151,7 +156,7 @@ def check_rows(tokens_per_pair: Sequence[int], groups: Groups, sequence_ids: Ten
             f"tokens_per_pair has {len(tokens_per_pair)} values with the sum {sum(tokens_per_pair)}; "
             f"it must have {groups.count} (the {groups.what}) with the sum {num_rows} (the rows of hidden)."
         )
-    if sequence_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if not known_on_host(sequence_ids):
         return
     numbers = torch.arange(groups.count).repeat_interleave(torch.tensor(tokens_per_pair))
     wrong = (groups.group_ids(sequence_ids) != numbers).nonzero()

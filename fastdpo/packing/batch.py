@@ -34,6 +34,10 @@ class PreferenceBatch(dict):
     rows             numbers of the rows in their data set, where they carry a `row_number`
     ref_logps        (S,) the reference's sums, where the rows carry them
     pair_weights     (B,) where the rows carry weights; total_weight is their sum on the host
+    chosen_tokens    pairs only: host number, the chosen answers' targets, times their pairs' weights
+    margins          (B,) where a reward model's rows carry them
+    score_rows       (S,) packed, for a reward model: rows of the flattened hidden states that its head scores, those of
+                     each sequence's last token that is not score_pad_id
     mean_chosen_length  of a batch in parts: mean tokens of the whole batch's chosen answers
     weight           0 where the batch only keeps step with other processes; default 1
     """
@@ -47,6 +51,11 @@ class PreferenceBatch(dict):
     def total_weight(self) -> float:
         """Of all pairs, on the host; their number where the rows carry no weights."""
         return self.get("total_weight", float(self.num_pairs))
+
+    @property
+    def chosen_tokens(self) -> float | None:
+        """Of pairs: targets of the chosen answers, times their pairs' weights; on the host."""
+        return self.get("chosen_tokens")
 
     def __getattr__(self, name: str) -> Any:
         try:

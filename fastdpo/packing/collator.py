@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdpo.data.validate import data_of
@@ -17,6 +18,7 @@ from fastdpo.packing.groups import (
     completions_of,
     desirable,
     kind_of_rows,
+    margins,
     mismatched_completions,
     references,
     weights,
@@ -48,14 +50,16 @@ class PreferenceCollator:
                      so many tokens at a time
     mismatched       of answers: whether each prompt also gets the answer to another, of which `kto` estimates the KL
                      divergence: the row's `KL_completion_ids`, or the answer of the row before in the batch
+    scores           of pairs: whether the batch is for a reward model, and says in `score_rows` which tokens are
+                     scored; `pad_token_id` is then that of the model's config, for models pass over it
 
     Rows that carry the reference's sums (pairs: `ref_chosen_logps` and `ref_rejected_logps`; lists: `ref_logps`, K of
     them; answers: `ref_logps`, and `ref_KL_logps` for the mismatched) give the batch its `ref_logps`; rows with a
-    `pair_weight` its `pair_weights`.
+    `pair_weight` its `pair_weights`; for a reward model rows with a `margin` its `margins`.
 
     Raises:
         ValueError: rows of several kinds or without token ids, a list of fewer than two completions, ranks with ties, a
-            label that is no bool, a reference or weight that is no finite number; with the number of the row.
+            label that is no bool, a reference, weight or margin that is no finite number; with the number of the row.
     """
 
     packing: str = "prefix"
@@ -65,6 +69,7 @@ class PreferenceCollator:
     pad_to_multiple_of: int | None = None
     max_tokens_per_microbatch: int | None = None
     mismatched: bool = True
+    scores: bool = False
 
     def __post_init__(self) -> None:
         if self.packing not in PACKINGS:
@@ -99,24 +104,32 @@ class PreferenceCollator:
             )
         cuts = even_cuts(len(rows), count, cost) if rows else [(0, 0)]
         parts = tuple(self.batch(rows[first:end]) for first, end in cuts)
-        if len(parts) > 1 and kind_of_rows(rows) == "pairs":
-            mean = _mean_chosen_length(parts)
+        batches = MicroBatches(parts, rows, self, count)
+        if batches.chosen_tokens is not None:
             for part in parts:
-                part["mean_chosen_length"] = mean
-        return MicroBatches(parts, rows, self, count)
+                part["mean_chosen_length"] = batches.chosen_tokens / (batches.total_weight or 1.0)
+        return batches
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         if not rows:
             raise ValueError("the batch holds no row; leave empty batches out.")
         data = kind_of_rows(rows)
-        groups = tuple(map(self._group, rows))
+        groups = tuple(self._group(row, number) for number, row in enumerate(rows))
+        if not any(len(prompt) + len(answer) for group in groups for prompt, answer in group):
+            raise ValueError("the batch holds no token: prompts and answers are empty; leave such rows out.")
         if data == "answers" and self.mismatched:
             others = mismatched_completions(rows)
             pairs = zip(rows, others, strict=True)
             grouping = Grouping(data, groups, tuple(self._cut(row["prompt_ids"], other) for row, other in pairs))
         else:
             grouping = Grouping(data, groups)
+        if self.scores and data != "pairs":
+            raise ValueError(f"scores=True is for a reward model's pairs, and the batch holds {data}.")
         batch = self._padded(grouping) if self.packing == "padded" else self._packed(grouping)
+        if self.scores:
+            batch["score_pad_id"] = self.pad_token_id
+            if (row_margins := margins(rows)) is not None:
+                batch["margins"] = row_margins
         if data == "lists":
             batch["list_sizes"] = tuple(map(len, groups))
         if data == "answers":
@@ -124,12 +137,16 @@ class PreferenceCollator:
             batch["num_desirable"] = int(batch["desirable"].sum())
         if "row_number" in rows[0]:
             batch["rows"] = tuple(int(row["row_number"]) for row in rows)
-        refs, row_weights = references(rows, data), weights(rows)
+        refs, row_weights = references(rows, data, data == "answers" and self.mismatched), weights(rows)
         if refs is not None:
             batch["ref_logps"] = refs
         if row_weights is not None:
             batch["pair_weights"] = torch.tensor(row_weights, dtype=torch.float32)
             batch["total_weight"] = sum(row_weights)
+        if data == "pairs":
+            chosen = torch.bincount(batch["sequence_ids"], minlength=batch["num_sequences"])[: len(rows)].tolist()
+            each = zip(row_weights or [1.0] * len(rows), chosen, strict=True)
+            batch["chosen_tokens"] = float(sum(weight * count for weight, count in each))
         return batch
 
     def sequences(self, row: Mapping[str, Any]) -> tuple[PromptCompletion, ...]:
@@ -137,11 +154,14 @@ class PreferenceCollator:
         kind_of_rows([row])
         return tuple(self._cut(row["prompt_ids"], completion) for completion in completions_of(row))
 
-    def _group(self, row: Mapping[str, Any]) -> tuple[PromptCompletion, ...]:
+    def _group(self, row: Mapping[str, Any], number: int) -> tuple[PromptCompletion, ...]:
         """`sequences` in the order of a batch: those of a ranked list from best to worst."""
         sequences, data = self.sequences(row), data_of(row)
         if data == "lists":
-            return tuple(sequences[place] for place in best_first(row))
+            try:
+                return tuple(sequences[place] for place in best_first(row))
+            except ValueError as error:
+                raise ValueError(f"row {number} of the batch: {error}") from None
         return sequences[:1] if data == "answers" else sequences
 
     def _cut(self, prompt: Sequence[int], completion: Sequence[int]) -> PromptCompletion:
@@ -178,7 +198,9 @@ class PreferenceCollator:
 
     def _packed(self, grouping: Grouping) -> PreferenceBatch:
         packed = pack(grouping.sequences, share=self.packing == "prefix")
+        scored = {"score_rows": self._score_rows(grouping, packed.token_rows)} if self.scores else {}
         return PreferenceBatch(
+            **scored,
             packing=self.packing,
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
@@ -191,6 +213,12 @@ class PreferenceCollator:
             num_tokens=packed.input_ids.shape[1],
             unshared_tokens=packed.unshared_tokens,
         )
+
+    def _score_rows(self, grouping: Grouping, token_rows: Sequence[np.ndarray]) -> torch.Tensor:
+        score_rows = np.empty(len(token_rows), dtype=np.int64)
+        for number, sequence, own in zip(grouping.ids(), grouping.sequences, token_rows, strict=True):
+            score_rows[number] = own[last_token(sequence, self.pad_token_id)]
+        return torch.from_numpy(score_rows)
 
     def _padded(self, grouping: Grouping) -> PreferenceBatch:
         ids = grouping.ids()
@@ -214,11 +242,8 @@ class PreferenceCollator:
         )
 
 
-def _mean_chosen_length(parts: Sequence[PreferenceBatch]) -> float:
-    """Mean targets of the chosen answers of all parts, by the pairs' weights; on the host."""
-    total = tokens = 0.0
-    for part in parts:
-        counts = torch.bincount(part["sequence_ids"], minlength=part["num_sequences"])[: part.num_pairs]
-        own = part.get("pair_weights", torch.ones(part.num_pairs)).double()
-        total, tokens = total + float(own.sum()), tokens + float((own * counts).sum())
-    return tokens / total if total else 0.0
+def last_token(sequence: PromptCompletion, pad_token_id: int) -> int:
+    """The place of the token that a sequence classifier of transformers scores: the last that is not `pad_token_id`,
+    also where a sequence ends with that token (as the end of the text it often is); without one, the first."""
+    ids = [*sequence[0], *sequence[1]]
+    return next((place for place in range(len(ids) - 1, 0, -1) if ids[place] != pad_token_id), 0)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdpo.data.validate import ID_COLUMNS, MISMATCHED, data_of, ranks_problem, reference_names
+from fastdpo.data.validate import ID_COLUMNS, MISMATCHED, REF_MISMATCHED, REFERENCES, data_of, ranks_problem
 
 Row = Mapping[str, Any]
 PromptCompletion = tuple[Sequence[int], Sequence[int]]  # (prompt, completion)
-WEIGHT = "pair_weight"
+WEIGHT, MARGIN = "pair_weight", "margin"
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,27 @@ def kind_of_rows(rows: Sequence[Row]) -> str:
     """ "pairs", "lists" or "answers".
 
     Raises:
-        ValueError: rows of several kinds, or rows that lack token ids.
+        ValueError: rows of several kinds, or rows that lack token ids; the message numbers the row.
     """
     kinds = [data_of(row) for row in rows]
     for number, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
         if kind != kinds[0]:
             raise ValueError(f"row 0 of the batch is of {kinds[0]} and row {number} of {kind}; a batch holds one kind.")
-        missing = [name for name in ID_COLUMNS[kind] if name not in row]
-        if missing:
-            raise ValueError(
-                f"row {number} of the batch has no {missing[0]}; the collator takes tokenized rows (see fastdpo.data)."
-            )
+        for name in (*ID_COLUMNS[kind], *([MISMATCHED] if row.get(MISMATCHED) is not None else [])):
+            ids = row.get(name)
+            if ids is None:
+                raise ValueError(
+                    f"row {number} of the batch has no {name}; the collator takes tokenized rows (see fastdpo.data)."
+                )
+            several = name == "completions_ids"
+            if not (_is_list(ids) and (not several or all(map(_is_list, ids)))):
+                what = "a list of lists" if several else "a list"
+                raise ValueError(f"row {number} of the batch: {name} is {ids!r}; it must be {what} of token ids.")
     return kinds[0]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple | np.ndarray | torch.Tensor)
 
 
 def completions_of(row: Row) -> list[Sequence[int]]:
@@ -76,7 +85,7 @@ def completions_of(row: Row) -> list[Sequence[int]]:
     if data == "lists":
         return list(row["completions_ids"])
     names = ("completion_ids", MISMATCHED) if data == "answers" else ("chosen_ids", "rejected_ids")
-    return [row[name] for name in names if name in row]
+    return [row[name] for name in names if row.get(name) is not None]
 
 
 def best_first(row: Row) -> list[int]:
@@ -99,7 +108,7 @@ def mismatched_completions(rows: Sequence[Row]) -> list[Sequence[int]]:
     Raises:
         ValueError: a single row without one.
     """
-    given = [MISMATCHED in row for row in rows]
+    given = [row.get(MISMATCHED) is not None for row in rows]
     if all(given):
         return [row[MISMATCHED] for row in rows]
     if any(given):
@@ -112,22 +121,24 @@ def mismatched_completions(rows: Sequence[Row]) -> list[Sequence[int]]:
     return [rows[number - 1]["completion_ids"] for number in range(len(rows))]
 
 
-def references(rows: Sequence[Row], data: str) -> torch.Tensor | None:
+def references(rows: Sequence[Row], data: str, mismatched: bool) -> torch.Tensor | None:
     """The sums of the reference that the rows carry, in the order of a batch's sequences; None where they have none.
 
     Raises:
-        ValueError: some rows have them and others not, or a value that is no finite number.
+        ValueError: some have them and others not, or a value that is no finite number.
     """
-    names = reference_names(rows[0])
-    given = [name for name in names if name in rows[0]]
-    if not given:
+    names = (*REFERENCES[data], REF_MISMATCHED) if mismatched else REFERENCES[data]
+    given = [name for name in names if any(row.get(name) is not None for row in rows)]
+    if not given or given == [REF_MISMATCHED]:
+        if given:
+            raise ValueError(f"the rows have {REF_MISMATCHED} but no {REFERENCES[data][0]}; add it.")
         return None
-    if len(given) < len(names) and data == "pairs":
-        raise ValueError(f"the rows have {given[0]} but not the other one of ref_chosen_logps, ref_rejected_logps.")
+    if data == "pairs" and len(given) < len(names):
+        raise ValueError(f"the rows have {given[0]} but not the other one of {', '.join(names)}.")
     values: list[float] = []
     for name in given:
         for number, row in enumerate(rows):
-            if name not in row:
+            if row.get(name) is None:
                 raise ValueError(f"row {number} of the batch has no {name}, and others have; add or drop it.")
             own = [row[name]] if data != "lists" else _ranked(row, name, number)
             values += [_finite(value, name, number) for value in own]
@@ -140,12 +151,27 @@ def weights(rows: Sequence[Row]) -> list[float] | None:
     Raises:
         ValueError: a weight that is below 0 or no finite number.
     """
-    if not any(WEIGHT in row for row in rows):
+    given = [row.get(WEIGHT) for row in rows]
+    if all(weight is None for weight in given):
         return None
-    values = [_finite(row.get(WEIGHT, 1.0), WEIGHT, number) for number, row in enumerate(rows)]
+    values = [1.0 if weight is None else _finite(weight, WEIGHT, number) for number, weight in enumerate(given)]
     if min(values) < 0:
         raise ValueError(f"row {values.index(min(values))} of the batch has the pair_weight {min(values)}, below 0.")
     return values
+
+
+def margins(rows: Sequence[Row]) -> torch.Tensor | None:
+    """The column `margin` of the rows, (B,): by how much a reward model should score chosen above rejected.
+
+    Raises:
+        ValueError: some rows have one and others not, or a margin that is no finite number.
+    """
+    given = [row.get(MARGIN) is not None for row in rows]
+    if not any(given):
+        return None
+    if not all(given):
+        raise ValueError(f"row {given.index(False)} of the batch has no {MARGIN}, and others have; add or drop it.")
+    return torch.tensor([_finite(row[MARGIN], MARGIN, number) for number, row in enumerate(rows)])
 
 
 def desirable(rows: Sequence[Row]) -> torch.Tensor:
@@ -155,14 +181,18 @@ def desirable(rows: Sequence[Row]) -> torch.Tensor:
         ValueError: a label that is neither True nor False.
     """
     for number, row in enumerate(rows):
-        if not isinstance(row["label"], bool | np.bool_):
+        if not isinstance(row.get("label"), bool | np.bool_):
             raise ValueError(
-                f"row {number} of the batch has the label {row['label']!r}; it must be True (desirable) or False."
+                f"row {number} of the batch has the label {row.get('label')!r}; it must be True (desirable) or False."
             )
     return torch.tensor([bool(row["label"]) for row in rows])
 
 
 def _ranked(row: Row, name: str, number: int) -> list[Any]:
+    if not _is_list(row[name]):
+        raise ValueError(
+            f"row {number} of the batch: {name} is {row[name]!r}; it must be a list, one sum a completion."
+        )
     values = list(row[name])
     if len(values) != len(row["completions_ids"]):
         raise ValueError(

@@ -80,6 +80,7 @@ class PackedRow:
     target_ids: Tensor  # (N,) the token to predict
     sequence_numbers: Tensor  # (N,) the sequence it belongs to
     target_counts: tuple[int, ...]  # targets of each sequence
+    token_rows: tuple[np.ndarray, ...]  # the rows of each sequence's tokens
     unshared_tokens: int  # what the row would hold with nothing shared
 
 
@@ -99,10 +100,13 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: bool =
     key_rows = _count(len(input_ids)) if layout.kv_index is None else layout.kv_index.numpy()
     key_starts = layout.cu_seqlens_k.tolist()
     path_starts = [key_starts[leaf] for leaf in tree.leaf_of_sequence]
+    token_rows = tuple(
+        key_rows[start : start + len(sequence)] for sequence, start in zip(ids, path_starts, strict=True)
+    )
     target_rows, target_ids, counts = [], [], []
-    for sequence, prompt_length, start in zip(ids, prompt_lengths, path_starts, strict=True):
+    for sequence, prompt_length, rows in zip(ids, prompt_lengths, token_rows, strict=True):
         first = min(max(prompt_length, 1), len(sequence))
-        target_rows.append(key_rows[start + first - 1 : start + len(sequence) - 1])
+        target_rows.append(rows[first - 1 : -1])
         target_ids.append(sequence[first:])
         counts.append(len(sequence) - first)
     return PackedRow(
@@ -113,6 +117,7 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: bool =
         target_ids=torch.from_numpy(_joined(target_ids)),
         sequence_numbers=torch.from_numpy(np.repeat(np.arange(len(ids)), counts)),
         target_counts=tuple(counts),
+        token_rows=token_rows,
         unshared_tokens=sum(map(len, ids)),
     )
 

@@ -44,6 +44,12 @@ class MicroBatches:
     def total_weight(self) -> float:
         return sum(part.total_weight for part in self.parts)
 
+    @property
+    def chosen_tokens(self) -> float | None:
+        """Of pairs: targets of the chosen answers, times their pairs' weights; on the host."""
+        each = [part.chosen_tokens for part in self.parts]
+        return None if None in each else sum(count for count in each if count is not None)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatches:
         return replace(self, parts=tuple(part.to(device, non_blocking=non_blocking) for part in self.parts))
 

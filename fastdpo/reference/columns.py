@@ -116,12 +116,12 @@ def import_columns(
 
     def rows() -> Iterable[Mapping[str, Any]]:
         for number, row in enumerate(dataset):
+            if data_of(row) != "pairs":
+                raise DataError(f"{place(number)} is one of {data_of(row)}; columns are taken from pairs only.")
             sums.append((_sum(row, REF_COLUMNS[0], number), _sum(row, REF_COLUMNS[1], number)))
             yield row
 
     own = row_keys(rows(), max_length, truncation_mode, tokenizer)
-    if own.data != "pairs":
-        raise UserError(f"the rows are {own.data}; columns are taken from pairs only.")
     keys, first = np.unique(own.keys, axis=0, return_index=True)
     new = ~cache.lookup(keys)[0]
     if new.any():

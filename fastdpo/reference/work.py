@@ -181,12 +181,15 @@ class Reader:
                     f"{place(number)}: the field {name!r} is missing; tokenized rows need {', '.join(columns)}."
                 )
         if data != "lists":
-            names = (*columns, MISMATCHED) if MISMATCHED in row else columns
+            names = (*columns, MISMATCHED) if row.get(MISMATCHED) is not None else columns
             return {name: self._ids(row[name], name, number) for name in names}
-        problem = ranks_problem(len(row["completions_ids"]), row.get("ranks"))
+        several = row["completions_ids"]
+        if not isinstance(several, list | tuple | np.ndarray):
+            raise DataError(f"{place(number)}: 'completions_ids' must be a list of lists of token ids.")
+        problem = ranks_problem(len(several), row.get("ranks"))
         if problem is not None:
             raise DataError(f"{place(number)}: {problem}")
-        completions = [self._ids(ids, "completions_ids", number) for ids in row["completions_ids"]]
+        completions = [self._ids(ids, "completions_ids", number) for ids in several]
         ranks = {} if row.get("ranks") is None else {"ranks": row["ranks"]}
         return {
             "prompt_ids": self._ids(row["prompt_ids"], "prompt_ids", number),

@@ -22,6 +22,7 @@ from fastdpo.data.validate import (
     REFERENCES,
     ROW_COLUMNS,
     data_of,
+    data_of_fields,
     row_problem,
 )
 from fastdpo.losses import WeightedLosses
@@ -30,7 +31,7 @@ from fastdpo.types import DataError
 
 logger = logging.getLogger(__name__)
 
-Cuts = dict[str, int | None]  # how many tokens of "prompt" and "completion" stay
+Cuts = dict[str, Any]  # how many tokens of "prompt" and "completion" stay; "data": what the first row is
 
 # The columns of a tokenized data set, whatever its rows are.
 KEPT = tuple(
@@ -86,15 +87,25 @@ def check_data(dataset: Any, losses: WeightedLosses, *, name: str) -> None:
     if dataset is None:
         return
     columns = columns_of(dataset)
-    data = data_of(dict.fromkeys(columns))
+    data = data_of_fields(columns)
     if data != losses.data:
         raise DataError(
             f"the {name} data set holds {data}, and loss_type {losses.names} is a loss of {losses.data}; choose a loss "
             f"of {data} (fastdpo.list_losses() has them)."
         )
-    if losses.ld_alpha is not None and any(column in columns for column in REFERENCES[data]):
+    given = [column for column in REFERENCES[data] if column in columns]
+    if losses.reference_free and given:
         raise DataError(
-            f"the {name} data set has {', '.join(REFERENCES[data])}, sums over all tokens alike, and "
+            f"the {name} data set has {', '.join(given)}, and reference_free=True takes them as 0; drop one of the two."
+        )
+    if "pair_weight" in columns and not losses.per_pair:
+        raise DataError(
+            f"the {name} data set has pair_weight, and loss_type {losses.names} compares the pairs of a whole batch; "
+            "leave one of them out."
+        )
+    if losses.ld_alpha is not None and given:
+        raise DataError(
+            f"the {name} data set has {', '.join(given)}, sums over all tokens alike, and "
             f"ld_alpha={losses.ld_alpha} weighs tokens; drop the columns and set ref_logps to a cache, which keeps "
             "every token."
         )
@@ -110,6 +121,7 @@ def _from_list(rows: list[dict[str, Any]], tokenizer: Any, name: str, cuts: Cuts
     """Row by row: a list may mix text, messages and columns of any kind, which a table of rows could not hold."""
     if not rows:
         raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
+    cuts = {**cuts, "data": data_of(rows[0])}
     with tqdm(rows, desc=f"tokenizing {name}", unit="row", disable=not progress, leave=False) as bar:
         return Dataset.from_list([_tokenized(row, number, tokenizer, name, cuts) for number, row in enumerate(bar)])
 
@@ -118,6 +130,7 @@ def _from_dataset(dataset: Any, tokenizer: Any, name: str, cuts: Cuts, num_proc:
     if isinstance(dataset, Dataset) and not len(dataset):
         raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
     columns = columns_of(dataset)
+    cuts = {**cuts, "data": data_of(next(iter(dataset)))}
     options: dict[str, Any] = {
         "fn_kwargs": {"tokenizer": tokenizer, "name": name, "cuts": cuts},
         "with_indices": True,
@@ -136,6 +149,8 @@ def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str, cuts
             "its own processor. Train on text, or take the loss into a loop of your own (fastdpo.loss on the logits)."
         )
     problem = row_problem(row)
+    if problem is None and data_of(row) != cuts["data"]:
+        problem = f"it is one of {data_of(row)}, and the first row is one of {cuts['data']}; part them."
     if problem is not None:
         raise DataError(f"{where}: {problem}")
     ids = tokenized(row, tokenizer, where)
@@ -155,6 +170,10 @@ def _references(row: dict[str, Any], where: str) -> dict[str, Any]:
     data = data_of(row)
     given = {name: row[name] for name in REFERENCES[data] if name in row}
     if data == "lists" and given:
+        count = len(row.get("completions_ids") or row.get("completions") or ())
+        for name, values in given.items():
+            if not isinstance(values, list | tuple | np.ndarray) or len(values) != count:
+                raise DataError(f"{where}: {name!r} is {values!r}; it must be a list, one sum a completion ({count}).")
         return {name: [_sum(value, name, where) for value in values] for name, values in given.items()}
     if len(given) == 1 and data == "pairs":
         raise DataError(f"{where}: it has {next(iter(given))} but not the other of {', '.join(REF_COLUMNS)}; add it.")
@@ -169,7 +188,7 @@ def _sum(value: Any, name: str, where: str) -> float:
 
 def _check_references(dataset: Dataset, name: str) -> None:
     """All rows have them, or none: a table fills what is missing with None."""
-    names = REFERENCES[data_of(dict.fromkeys(dataset.column_names))]
+    names = REFERENCES[data_of_fields(dataset.column_names)]
     given = [column for column in names if column in dataset.column_names]
     if not given:
         return
@@ -197,7 +216,7 @@ class TokenCounts:
 
     @classmethod
     def of(cls, dataset: Dataset) -> TokenCounts:
-        names = ID_COLUMNS[data_of(dict.fromkeys(dataset.column_names))]
+        names = ID_COLUMNS[data_of_fields(dataset.column_names)]
         names = (*names, MISMATCHED) if MISMATCHED in dataset.column_names else names
         prompts, answers, counts = [], [], []
         for table in dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=10_000):

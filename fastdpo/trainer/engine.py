@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastdpo.data.validate import REFERENCES
 from fastdpo.device import freed_memory_kept
 from fastdpo.models import causal_lm, evaluating, extend_forward, is_mixture_of_experts, position_limit
 from fastdpo.packing import PreferenceBatch, PreferenceCollator
@@ -243,8 +244,8 @@ class PreferenceTrainer(Trainer):
             return
         if self._ref_cache is None and not self._reference.lasts:
             raise ValueError(
-                "this evaluation set has no ref_chosen_logps and ref_rejected_logps, as the other data sets do, and "
-                "there is no other reference; add the columns, or pass ref_model to the constructor."
+                f"this evaluation set has no {' and '.join(REFERENCES[self._losses.data])}, as the other data sets do, "
+                "and there is no other reference; add the columns, or pass ref_model to the constructor."
             )
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self._ref_cache is not None and self.state.global_step and (sharded or not self._reference.lasts):

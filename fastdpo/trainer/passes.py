@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,15 +43,25 @@ class HostCounts:
 
 def agree(batches: Sequence[Any], counts: HostCounts, flag: bool = False) -> tuple[list[Any], float, bool]:
     """The batches of a step, each cut into as many passes on every process; what the step's pairs weigh together, over
-    all processes (their number, where the rows carry no weights); and whether any process has set its flag."""
+    all processes (their number, where the rows carry no weights); and whether any process has set its flag.
+
+    The mean length of the chosen answers, by which an NLL is divided, becomes that of the whole step, too: whichever
+    way its pairs are dealt out, the gradient is the same.
+    """
     lengths = [len(batch) if isinstance(batch, MicroBatches) else 1 for batch in batches]
-    everywhere = counts.gather([int(flag), _as_integer(sum(batch.total_weight for batch in batches)), *lengths])
-    flags, weights, *needed = zip(*everywhere, strict=True)
+    weight = sum(batch.total_weight for batch in batches)
+    tokens = sum(batch.chosen_tokens or 0.0 for batch in batches)
+    everywhere = counts.gather([int(flag), _as_integer(weight), _as_integer(tokens), *lengths])
+    flags, weights, chosen, *needed = zip(*everywhere, strict=True)
     cut = [
         batch.into(max(each)) if isinstance(batch, MicroBatches) else batch
         for batch, each in zip(batches, needed, strict=True)
     ]
-    return cut, sum(map(_as_number, weights)), any(flags)
+    total = sum(map(_as_number, weights))
+    for part in itertools.chain.from_iterable(map(passes_of, cut)):
+        if part.chosen_tokens is not None:
+            part["mean_chosen_length"] = sum(map(_as_number, chosen)) / (total or 1.0)
+    return cut, total, any(flags)
 
 
 def _as_integer(value: float) -> int:

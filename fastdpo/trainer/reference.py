@@ -20,7 +20,7 @@ from fastdpo.trainer.passes import HostCounts
 
 def has_reference(dataset: Any) -> bool:
     names = columns_of(dataset)
-    return all(name in names for name in reference_names(dict.fromkeys(names)))
+    return all(name in names for name in reference_names(names))
 
 
 def with_reference(
