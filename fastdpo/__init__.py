@@ -36,6 +36,8 @@ _HOME = {
     "ORPOTrainer": "fastdpo.trainer",
     "CPOConfig": "fastdpo.trainer",
     "CPOTrainer": "fastdpo.trainer",
+    "RewardConfig": "fastdpo.trainer",
+    "RewardTrainer": "fastdpo.trainer",
 }
 
 __all__ = list(_HOME)
@@ -69,5 +71,7 @@ if TYPE_CHECKING:
         KTOTrainer,
         ORPOConfig,
         ORPOTrainer,
+        RewardConfig,
+        RewardTrainer,
     )
     from fastdpo.types import IGNORE_INDEX, LossOutput

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import resource
 import sys
 import time
@@ -18,14 +19,15 @@ _GEMM_SECONDS = 0.5  # no product begins later than this
 _GEMM_PATIENCE = 10  # products in a row that are no faster than the best by a hundredth
 
 
+@functools.cache
 def gemm_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """What this device reaches in a large square matrix product: the ceiling that MFU is a fraction of.
 
     That of the fastest product, since whatever else the machine does can only slow one down: they are repeated until
-    ten in a row bring nothing, half a second at most.
+    ten in a row bring nothing, half a second at most. Measured once a process; draws nothing from the run's generators.
     """
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
+    a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     out = torch.empty_like(a)  # fresh memory is faulted in page by page
     best, idle = float("inf"), 0
     end = time.perf_counter() + _GEMM_SECONDS

@@ -166,14 +166,14 @@ def forward_logps(
     options: dict[str, Any] = {"attention_backend": attention_backend, "ld_alpha": ld_alpha}
     if has_wrapper(model):
         extend_forward(inner)
-        return model(preference_batch=batch, pass_options=options)
+        return through_forward(model, batch, pass_options=options)
     return _sequence_logps(inner, batch, **options)
 
 
 def _sequence_logps(inner: Any, batch: PreferenceBatch, *, attention_backend: str, ld_alpha: float | None) -> Tensor:
     logps = target_logps(inner, batch, attention_backend=attention_backend)
     if ld_alpha is not None:
-        logps = length_desensitized(logps, batch.sequence_ids, batch.num_sequences, ld_alpha)
+        return length_desensitized(logps, batch.sequence_ids, batch.num_sequences, ld_alpha)
     return logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, logps)
 
 
@@ -182,7 +182,7 @@ def forward_loss(model: Any, batch: PreferenceBatch, ref_logps: Tensor | None, *
     inner = causal_lm(model)
     if has_wrapper(model):
         extend_forward(inner)
-        return LossOutput.from_dict(model(preference_batch=batch, ref_logps=ref_logps, loss_options=options))
+        return LossOutput.from_dict(through_forward(model, batch, ref_logps, loss_options=options))
     return _batch_loss(inner, batch, ref_logps, **options)
 
 
@@ -231,6 +231,18 @@ def has_wrapper(model: Any) -> bool:
     return hasattr(model, "get_base_model") and has_wrapper(model.get_base_model())
 
 
+class _AsItIs:
+    """A batch and its references, past wrappers that make other dicts of dicts and cast the tensors they find."""
+
+    def __init__(self, batch: PreferenceBatch, ref_logps: Tensor | None) -> None:
+        self.batch, self.ref_logps = batch, ref_logps
+
+
+def through_forward(model: Any, batch: PreferenceBatch, ref_logps: Tensor | None = None, **options: Any) -> Any:
+    """What a model whose forward is extended makes of a batch, through all that is wrapped around it."""
+    return model(preference_batch=_AsItIs(batch, ref_logps), **options)
+
+
 def _run_batch(inner: Any, batch: PreferenceBatch, *, ref_logps: Any, loss_options: Any, pass_options: Any) -> Any:
     if loss_options is not None:
         return _batch_loss(inner, batch, ref_logps, **loss_options).to_dict()
@@ -238,7 +250,7 @@ def _run_batch(inner: Any, batch: PreferenceBatch, *, ref_logps: Any, loss_optio
 
 
 def extend_forward(inner: Any, run: Callable[..., Any] = _run_batch) -> None:
-    """Lets a causal LM take `preference_batch=`: `inner(preference_batch=..., ref_logps=..., loss_options=...)` is
+    """Lets a causal LM take a batch: `through_forward(model, batch, ref_logps, loss_options=...)` is
     `forward_loss(...).to_dict()`, and with `pass_options=` in their place `forward_logps`. Other calls are as before.
 
     On the instance, not the class: the pass then runs inside whatever wraps this model's forward. As a bound method
@@ -254,15 +266,15 @@ def extend_forward(inner: Any, run: Callable[..., Any] = _run_batch) -> None:
     def forward(
         self: Any,
         *args: Any,
-        preference_batch: Any = None,
-        ref_logps: Any = None,
+        preference_batch: _AsItIs | None = None,
         loss_options: Any = None,
         pass_options: Any = None,
         **kwargs: Any,
     ) -> Any:
         if preference_batch is not None:
-            own = {"ref_logps": ref_logps, "loss_options": loss_options, "pass_options": pass_options}
-            return run(self, preference_batch, **own)
+            given = preference_batch
+            own = {"ref_logps": given.ref_logps, "loss_options": loss_options, "pass_options": pass_options}
+            return run(self, given.batch, **own)
         # Somebody else's override (offloading hooks, say) goes on working.
         return original(self, *args, **kwargs) if before is None else before(*args, **kwargs)
 

@@ -17,7 +17,7 @@ from fastdpo import models
 from fastdpo.models import has_wrapper, run_backbone, unwrapped
 from fastdpo.packing import PreferenceBatch, PreferenceCollator
 from fastdpo.sums import preference_loss
-from fastdpo.types import LossOutput, UserError, accumulation_dtype
+from fastdpo.types import UserError, accumulation_dtype
 from fastdpo.verify import Compared, Row, ensure_verified
 
 
@@ -60,8 +60,8 @@ def sequence_scores(model: Any, batch: PreferenceBatch, *, attention_backend: st
 
 
 def extend_forward(inner: Any) -> None:
-    """`fastdpo.models.extend_forward` for a reward model: `inner(preference_batch=..., loss_options=...)` is the loss
-    of a batch's scores (`LossOutput.to_dict`), and with `pass_options=` these are its scores (2B,)."""
+    """`fastdpo.models.extend_forward` for a reward model: with `loss_options=` a batch becomes the loss
+    of its scores (`LossOutput.to_dict`), with `pass_options=` its scores (2B,)."""
     models.extend_forward(inner, _run_batch)
 
 
@@ -69,7 +69,7 @@ def _forward_scores(model: Any, batch: PreferenceBatch, attention_backend: str) 
     inner = sequence_classifier(model)
     if has_wrapper(model):
         extend_forward(inner)
-        return model(preference_batch=batch, pass_options={"attention_backend": attention_backend})
+        return models.through_forward(model, batch, pass_options={"attention_backend": attention_backend})
     return _scores(inner, batch, attention_backend=attention_backend)
 
 
@@ -80,9 +80,9 @@ def _run_batch(inner: Any, batch: PreferenceBatch, *, ref_logps: Any, loss_optio
 
 def _loss(inner: Any, batch: PreferenceBatch, *, attention_backend: str, **options: Any) -> dict[str, Any]:
     chosen, rejected = _scores(inner, batch, attention_backend=attention_backend).chunk(2)
-    given = {"margins": batch.get("margins"), "pair_weights": batch.get("pair_weights")}
-    output: LossOutput = preference_loss(chosen, rejected, **given, **options)
-    return output.to_dict()
+    return preference_loss(
+        chosen, rejected, margins=batch.get("margins"), pair_weights=batch.get("pair_weights"), **options
+    ).to_dict()
 
 
 def _scores(inner: Any, batch: PreferenceBatch, *, attention_backend: str) -> Tensor:
@@ -127,6 +127,7 @@ def _packed_scores(model: Any, rows: list[Row], packing: str, attention_backend:
             f"{type(inner).__name__} scores the last token that is no padding, and its config.pad_token_id is not set; "
             "set it to the tokenizer's."
         )
+    rows = _ended_by_padding(rows, pad_token_id)
     batch = PreferenceCollator(packing=packing, pad_token_id=pad_token_id, scores=True)(rows)
     with _probed(inner):
         return _forward_scores(model, batch.to(_vocabulary(inner).device), attention_backend).cpu()
@@ -134,12 +135,20 @@ def _packed_scores(model: Any, rows: list[Row], packing: str, attention_backend:
 
 def _own_scores(model: Any, rows: list[Row]) -> Tensor:
     inner = sequence_classifier(model)
+    rows = _ended_by_padding(rows, inner.config.get_text_config().pad_token_id)
     sequences = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
     with _probed(inner):
         logits = [
             model(input_ids=torch.tensor([ids], device=_vocabulary(inner).device)).logits[0, 0] for ids in sequences
         ]
     return torch.stack(logits).to(accumulation_dtype(logits[0].dtype)).cpu()
+
+
+def _ended_by_padding(rows: list[Row], pad_token_id: int | None) -> list[Row]:
+    """One of the sequences ends with the padding token, as all do where that is the end of the text."""
+    if pad_token_id is None:
+        return rows
+    return [{**rows[0], "rejected_ids": [*rows[0]["rejected_ids"], pad_token_id]}, *rows[1:]]
 
 
 @contextmanager

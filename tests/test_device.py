@@ -11,6 +11,13 @@ from fastdpo.device import _glibc, freed_memory_kept, gemm_flops_per_second, pea
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def measured_anew():
+    gemm_flops_per_second.cache_clear()
+    yield
+    gemm_flops_per_second.cache_clear()
+
+
 def faults_of_a_step():
     """Page faults of 160 MB of activations, allocated, written, and freed."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -45,6 +52,14 @@ def test_ceiling_takes_little_time(monkeypatch):
     monkeypatch.setattr(device, "_GEMM_SECONDS", 0.0)
     assert gemm_flops_per_second(CPU, torch.float32) == 2 * 1024**3 / 2.0
     assert left == [1.0]
+
+
+def test_ceiling_is_measured_once_and_draws_nothing(monkeypatch):
+    before = torch.get_rng_state()
+    first = gemm_flops_per_second(CPU, torch.float32)
+    monkeypatch.setattr(device, "_product_seconds", lambda a, out: pytest.fail("measured again"))
+    assert gemm_flops_per_second(CPU, torch.float32) == first
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_measurements_are_plausible():

@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from fastdpo.data.validate import ID_COLUMNS, common_prefix_length, data_of, is_chat, is_tokenized
+from fastdpo.data.validate import (
+    ID_COLUMNS,
+    common_prefix_length,
+    data_of,
+    implicit_prompt_length,
+    is_chat,
+    is_tokenized,
+)
 from fastdpo.types import DataError, UserError
 
 _KEPT = {"pairs": ("pair_weight",), "lists": ("ranks", "pair_weight"), "answers": ("label", "pair_weight")}
@@ -81,7 +88,7 @@ def _parts(row: Mapping[str, Any], data: str) -> tuple[Any, list[Any]]:
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is not None:
         return row["prompt"], [chosen, rejected]
-    shared = common_prefix_length(chosen, rejected)
+    shared = implicit_prompt_length(chosen, rejected)
     return chosen[:shared], [chosen[shared:], rejected[shared:]]
 
 

@@ -213,11 +213,10 @@ def _is_empty(value: Any) -> bool:
 
 def _implicit_prompt_problem(row: Mapping[str, Any]) -> str | None:
     chosen, rejected = row["chosen"], row["rejected"]
-    shared = common_prefix_length(chosen, rejected)
-    if isinstance(chosen, str):
-        return "the field 'prompt' is missing; add it (for plain text, chosen and rejected hold the answers only)."
+    shared = implicit_prompt_length(chosen, rejected)
     if shared == 0:
-        return "there is no 'prompt', and 'chosen' and 'rejected' share no first message to take it from; add 'prompt'."
+        what = "beginning" if isinstance(chosen, str) else "first message"
+        return f"there is no 'prompt', and 'chosen' and 'rejected' share no {what} to take it from; add 'prompt'."
     if shared in (len(chosen), len(rejected)):
         return (
             "one of 'chosen' and 'rejected' is the beginning of the other, which leaves an empty answer; mend the row."
@@ -257,6 +256,12 @@ def _are_ids(ids: Any) -> bool:
     if isinstance(ids, np.ndarray):
         return ids.ndim == 1 and (not len(ids) or (ids.dtype.kind in "iu" and bool(ids.min() >= 0)))
     return isinstance(ids, list | tuple) and all(isinstance(token, int) and token >= 0 for token in ids)
+
+
+def implicit_prompt_length(chosen: Any, rejected: Any) -> int:
+    """How much of both answers is the prompt that a row does not have: messages, or characters up to a space."""
+    shared = common_prefix_length(chosen, rejected)
+    return shared - 1 if shared and isinstance(chosen, str) and chosen[shared - 1] == " " else shared
 
 
 def common_prefix_length(a: Any, b: Any) -> int:

@@ -112,10 +112,14 @@ def places_in_sequence(sequence_ids: Tensor, counted: Tensor, num_sequences: int
 
 
 def length_desensitized(logps: Tensor, sequence_ids: Tensor, num_sequences: int, alpha: float) -> Tensor:
-    """Log-probs (N,) of pairs' tokens, those beyond the length of the pair's shorter answer times `alpha` (LD-DPO)."""
+    """(S,) sums of pairs' log-probs (N,), tokens beyond the length of the pair's shorter answer times `alpha` (LD-DPO).
+
+    Added up as the loss adds them, so that policy and reference are the same where they are.
+    """
     counted = torch.ones_like(sequence_ids, dtype=torch.bool)
     lengths = torch.zeros(num_sequences, dtype=torch.long, device=logps.device)
     lengths.index_add_(0, sequence_ids, torch.ones_like(sequence_ids))
     shared = lengths.view(2, -1).min(dim=0).values
     tail = places_in_sequence(sequence_ids, counted, num_sequences) >= shared[sequence_ids % (num_sequences // 2)]
-    return torch.where(tail, alpha * logps, logps)
+    parts = logps.new_zeros(2 * num_sequences).index_add(0, 2 * sequence_ids + tail, logps).view(-1, 2)
+    return parts[:, 0] + alpha * parts[:, 1]

@@ -202,6 +202,7 @@ REGISTRY: dict[str, LossSpec] = {
             "Pang 2024 (2404.19733); Wang 2024 (2411.10442)",
             needs_reference=False,
             needs_lengths=True,
+            extras=reference_free.nll_extras,
         ),
         LossSpec(
             "orpo",

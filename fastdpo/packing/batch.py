@@ -29,6 +29,7 @@ class PreferenceBatch(dict):
     num_sequences    S
     num_tokens       tokens that the backbone runs through, padding counted
     unshared_tokens  tokens with every prompt repeated, without padding
+    own_tokens       answers only: unshared_tokens without the mismatched
     list_sizes       lists only: B host integers, the completions of each
     desirable        answers only: (B,) bool; num_desirable counts them on the host
     rows             numbers of the rows in their data set, where they carry a `row_number`

@@ -135,6 +135,7 @@ class PreferenceCollator:
         if data == "answers":
             batch["desirable"] = desirable(rows)
             batch["num_desirable"] = int(batch["desirable"].sum())
+            batch["own_tokens"] = sum(len(prompt) + len(answer) for ((prompt, answer),) in groups)
         if "row_number" in rows[0]:
             batch["rows"] = tuple(int(row["row_number"]) for row in rows)
         refs, row_weights = references(rows, data, data == "answers" and self.mismatched), weights(rows)
@@ -217,6 +218,8 @@ class PreferenceCollator:
     def _score_rows(self, grouping: Grouping, token_rows: Sequence[np.ndarray]) -> torch.Tensor:
         score_rows = np.empty(len(token_rows), dtype=np.int64)
         for number, sequence, own in zip(grouping.ids(), grouping.sequences, token_rows, strict=True):
+            if not len(own):
+                raise ValueError("a sequence of the batch holds no token, and has no score; leave its row out.")
             score_rows[number] = own[last_token(sequence, self.pad_token_id)]
         return torch.from_numpy(score_rows)
 

@@ -22,8 +22,8 @@ from fastdpo.data.validate import (
     ID_COLUMNS,
     MISMATCHED,
     TOKENIZED,
-    common_prefix_length,
     data_of,
+    implicit_prompt_length,
     is_tokenized,
     ranks_problem,
     row_problem,
@@ -109,7 +109,7 @@ class Reader:
     def windows(self, dataset: Iterable[Mapping[str, Any]]) -> Iterator[Window]:
         """Where reading fails, what was read before comes first: a broken stream costs nothing that it gave."""
         prompts: dict[bytes, Prompt] = {}
-        rows = tokens = 0
+        rows = own = tokens = 0  # own: of this slice, which alone take memory
         failure: Exception | None = None
         numbered = enumerate(token_rows(dataset))
         while failure is None:
@@ -118,14 +118,15 @@ class Reader:
                 row = self._checked(row, number)
                 if self.num_shards == 1 or content_slice(row, self.num_shards) == self.shard_index:
                     tokens += self._take(row, number, prompts)
+                    own += 1
                 rows += 1
             except StopIteration:
                 break
             except Exception as error:
                 failure = error
-            if rows == WINDOW_ROWS or tokens >= WINDOW_TOKENS:
+            if own == WINDOW_ROWS or tokens >= WINDOW_TOKENS:
                 yield Window(rows, list(prompts.values()))
-                prompts, rows, tokens = {}, 0, 0
+                prompts, rows, own, tokens = {}, 0, 0, 0
         if rows:
             yield Window(rows, list(prompts.values()))
         if failure is not None:
@@ -258,7 +259,7 @@ def content_slice(row: Mapping[str, Any], count: int) -> int:
         prompt = row.get("prompt")
         if prompt is None:
             chosen, rejected = row.get("chosen") or [], row.get("rejected") or []
-            prompt = chosen[: common_prefix_length(chosen, rejected)]
+            prompt = chosen[: implicit_prompt_length(chosen, rejected)]
         content = json.dumps(_without_none(prompt), sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") % count
 

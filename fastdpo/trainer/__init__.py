@@ -4,7 +4,7 @@ config.py          options that all share; DPOConfig
 engine.py          PreferenceTrainer: what happens to a batch, a step, a log, a checkpoint
 dpo.py kto.py orpo.py cpo.py reward.py     the names
 policy.py          the model: loading, adapters, tokenizer
-dataset.py order.py sampling.py            rows: tokenized, checked, in what order
+dataset.py reward_data.py order.py sampling.py     rows: tokenized, checked, in what order
 kept_reference.py reference.py             the reference: a model kept beside, or log-probs from the cache
 passes.py          a step in forward passes of bounded size
 metrics.py run_state.py watch.py           numbers, checkpoints, what must be survived
@@ -15,6 +15,7 @@ from fastdpo.trainer.cpo import CPOConfig, CPOTrainer
 from fastdpo.trainer.dpo import DPOTrainer
 from fastdpo.trainer.kto import KTOConfig, KTOTrainer
 from fastdpo.trainer.orpo import ORPOConfig, ORPOTrainer
+from fastdpo.trainer.reward import RewardConfig, RewardTrainer
 
 __all__ = [
     "CPOConfig",
@@ -25,4 +26,6 @@ __all__ = [
     "KTOTrainer",
     "ORPOConfig",
     "ORPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
 ]

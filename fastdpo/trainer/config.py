@@ -48,6 +48,9 @@ class PreferenceConfig(TrainingArguments):
     honoured raises ValueError here, not in the middle of a run.
     """
 
+    # Those that a command line gives as JSON.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
     learning_rate: float = option("Peak learning rate of AdamW.", 1e-6)
     logging_steps: float = option("Log every so many steps; below 1, a share of all steps.", 10)
     logging_nan_inf_filter: bool = option("Leave losses that are no numbers out of the logged mean.", False)
@@ -175,13 +178,23 @@ class PreferenceConfig(TrainingArguments):
             what = "fp16=True" if self.fp16 else "deepspeed"
             raise ValueError(f"nan_loss='skip' and {what} contradict each other: that one skips steps by itself; leave "
                              "nan_loss at 'stop'.")  # fmt: skip
-        parallel = getattr(self, "parallelism_config", None)
-        sizes = {name: getattr(parallel, name, 1) for name in ("cp_size", "sp_size")}
-        if any(size and size > 1 for size in sizes.values()):
-            raise ValueError(
-                f"parallelism_config has {', '.join(f'{name}={size}' for name, size in sizes.items())}: a packed row "
-                "cannot be cut among processes; use data parallelism, and max_tokens_per_microbatch for long rows."
-            )
+        check_parallelism(getattr(self, "parallelism_config", None))
+
+
+def check_parallelism(parallelism_config: Any) -> None:
+    """That processes share out rows and shards of weights, nothing else.
+
+    Raises:
+        ValueError: context, sequence or tensor parallelism.
+    """
+    names = ("cp_size", "sp_size", "tp_size")
+    sizes = {name: size for name in names if (size := getattr(parallelism_config, name, None)) and size > 1}
+    if sizes:
+        raise ValueError(
+            f"parallelism_config has {', '.join(f'{name}={size}' for name, size in sizes.items())}: a packed row and "
+            "its head cannot be cut among processes; use data parallelism (FSDP2 shards the weights), and "
+            "max_tokens_per_microbatch for long rows."
+        )
 
 
 @dataclass

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from fastdpo.trainer.config import ReferenceFreeConfig, option
 from fastdpo.trainer.engine import ReferenceFreeTrainer
+from fastdpo.types import LossOutput
 
 _LOSSES = ("sigmoid", "simpo", "hinge", "ipo")
 
@@ -56,3 +60,6 @@ class CPOTrainer(ReferenceFreeTrainer):
     args: CPOConfig
     _tags: ClassVar[list[str]] = ["fastdpo", "cpo"]
     _config, _method = CPOConfig, "CPO"
+
+    def _metrics_of(self, output: LossOutput) -> dict[str, Tensor]:
+        return {"nll_loss": torch.zeros_like(output.loss), **super()._metrics_of(output)}

@@ -12,11 +12,13 @@ What happens to a batch, top to bottom:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -24,19 +26,27 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdpo.data.validate import REFERENCES
 from fastdpo.device import freed_memory_kept
-from fastdpo.models import causal_lm, evaluating, extend_forward, is_mixture_of_experts, position_limit
-from fastdpo.packing import PreferenceBatch, PreferenceCollator
+from fastdpo.models import (
+    causal_lm,
+    evaluating,
+    extend_forward,
+    is_mixture_of_experts,
+    position_limit,
+    through_forward,
+)
+from fastdpo.packing import MicroBatches, PreferenceBatch, PreferenceCollator
 from fastdpo.reference import ReferenceCache, model_fingerprint
 from fastdpo.reference.cache import default_cache_dir
 from fastdpo.reference.fill import about
 from fastdpo.scoring import sequence_logps
 from fastdpo.trainer import policy
-from fastdpo.trainer.config import PreferenceConfig, ReferenceConfig
+from fastdpo.trainer.config import PreferenceConfig, ReferenceConfig, check_parallelism
 from fastdpo.trainer.dataset import KEPT, check_data, check_lengths, prepare_dataset
 from fastdpo.trainer.kept_reference import KeptReference
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
@@ -134,7 +144,10 @@ class PreferenceTrainer(Trainer):
         )
         # compute_loss divides by the pairs of the whole step itself.
         self.model_accepts_loss_kwargs = True
-        self._autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        # The launcher's word counts, too.
+        precisions = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self._autocast_dtype = precisions.get(str(self.accelerator.mixed_precision))
+        check_parallelism(self.accelerator.parallelism_config)
         self._throughput = Throughput(args.device)
         self._step_flops = self._flops_of(inner)
         self._router_aux_loss_coef = _router_aux_loss_coef(inner, args)
@@ -168,6 +181,10 @@ class PreferenceTrainer(Trainer):
 
     def _flops_of(self, inner: Any) -> StepFlops:
         return StepFlops.of(inner)
+
+    def _metrics_of(self, output: LossOutput) -> dict[str, Tensor]:
+        """Means over a pass's pairs, under the names that are logged."""
+        return output.metrics()
 
     def _prepared(self, dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
         """A data set of token ids, checked against the losses."""
@@ -263,13 +280,14 @@ class PreferenceTrainer(Trainer):
         if has_reference(dataset):
             return dataset
         assert self._ref_cache is not None
-        with self._reference.running(), _lent(self._reference.runs, self.args.device):
+        with self._reference.running():
             return with_reference(
                 dataset,
                 self._ref_cache,
                 self._reference.runs,
                 self.args,
                 self._patient_counts,
+                lent=functools.partial(_lent, self._reference.runs, self.args.device),
                 ld_alpha=self._losses.ld_alpha,
                 packing=self.packing,
                 attention_backend=self.args.attention_backend,
@@ -309,14 +327,14 @@ class PreferenceTrainer(Trainer):
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None and self._losses.needs_reference:
             ref_logps = self._online_reference(inputs)
-        fields = model(preference_batch=inputs, ref_logps=ref_logps, loss_options=self._loss_options())
+        fields = through_forward(model, inputs, ref_logps, loss_options=self._loss_options())
         output = LossOutput.from_dict(fields)
         if inputs.get("weight", 1.0) == 0.0:
             return (output.loss * 0.0, output) if return_outputs else output.loss * 0.0
         mode = "train" if model.training else "eval"
         weight = inputs.total_weight
         mean = output.losses.detach().sum() / max(weight, _TINY)
-        metrics = output.metrics() if mode == "train" else {"loss": mean, **output.metrics()}
+        metrics = self._metrics_of(output) if mode == "train" else {"loss": mean, **self._metrics_of(output)}
         self._metrics[mode].add(metrics, inputs.num_pairs, **inputs.metric_weights(), loss=weight)
         if mode == "train":
             self._throughput.count(inputs, self._step_flops(inputs))
@@ -329,6 +347,12 @@ class PreferenceTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], float]:
         """The batches of an optimizer step, and what its pairs weigh over all processes: 1 each, or what rows say."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        for batch in batches:
+            if not isinstance(batch, PreferenceBatch | MicroBatches):
+                raise UserError(
+                    f"data_collator makes {type(batch).__name__}; it must make batches of fastdpo.PreferenceCollator, "
+                    "which is the default."
+                )
         cut, weight, self._stop_agreed = agree(batches, self._host_counts, self._stop_request.signal is not None)
         if self.args.nan_loss == "skip":
             self._before_step = self._tr_loss.clone(), self._metrics["train"].copy()
@@ -436,6 +460,10 @@ class PreferenceTrainer(Trainer):
 
     def _inner_training_loop(self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         self._resumed_from = resume_from_checkpoint
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+            # The loss and its sums are float32, whatever the layers compute in.
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
         return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -472,6 +500,15 @@ class PreferenceTrainer(Trainer):
             "nan_loss='skip' leaves such steps out."
         )
 
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: Any = None, tags: Any = None, **kwargs: Any
+    ) -> None:
+        """Writes README.md into the output folder; the arguments are TRL's, and those of transformers."""
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        if dataset_name is not None:
+            kwargs["dataset"] = dataset_name
+        super().create_model_card(model_name=model_name, tags=[*self._tags, *tags], **kwargs)
+
     def _reduce(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, "sum") if self.accelerator.num_processes > 1 else sums
 
@@ -480,6 +517,7 @@ class PreferenceTrainer(Trainer):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # Our own mean over pairs replaces the mean over batches, which counts a small last batch as a full one.
         means = self._metrics["eval"].take(self._reduce)
+        means["num_tokens"] = self._throughput.total_unshared
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -500,7 +538,7 @@ class PreferenceTrainer(Trainer):
             save_state(self, folder)
             super()._save_checkpoint(model, trial)
             if self.is_world_process_zero():
-                self.create_model_card(model_name=Path(self.args.output_dir).name, tags=self._tags)
+                self.create_model_card(model_name=Path(self.args.output_dir).name)
 
 
 class ReferenceFreeTrainer(PreferenceTrainer):

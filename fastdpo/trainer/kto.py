@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 
-from fastdpo.data.validate import MISMATCHED, SIDES, common_prefix_length
+from fastdpo.data.validate import MISMATCHED, SIDES, implicit_prompt_length
 from fastdpo.trainer.config import ReferenceConfig, option
 from fastdpo.trainer.dataset import columns_of
 from fastdpo.trainer.engine import PreferenceTrainer
 from fastdpo.trainer.names import default_output_dir, named_tokenizer
+from fastdpo.types import LossOutput
 
 _CHUNK = 1000  # rows of pairs that are parted at a time: first all chosen answers, then all rejected ones
 
@@ -89,6 +92,9 @@ class KTOTrainer(PreferenceTrainer):
             peft_config=peft_config,
         )
 
+    def _metrics_of(self, output: LossOutput) -> dict[str, Tensor]:
+        return {"kl": torch.zeros_like(output.loss), **super()._metrics_of(output)}
+
     def _prepared(self, dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
         if dataset is None:
             return None
@@ -126,7 +132,7 @@ def _parted_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for row in rows:
             answer = dict(row)
             if answer.get("prompt") is None and side in answer:
-                shared = common_prefix_length(row["chosen"], row["rejected"])
+                shared = implicit_prompt_length(row["chosen"], row["rejected"])
                 answer["prompt"], answer[side] = answer[side][:shared], answer[side][shared:]
             renamed = {side: "completion", f"{side}_ids": "completion_ids", f"ref_{side}_logps": "ref_logps"}
             dropped = [name for other in SIDES for name in (other, f"{other}_ids", f"ref_{other}_logps")]

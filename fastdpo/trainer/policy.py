@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from fastdpo.types import UserError
 
@@ -30,7 +33,23 @@ def load(model: Any, args: Any, quantization_config: Any = None, *, auto_class: 
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | keywords
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    return auto_class.from_pretrained(model, **options)
+    with _whole_weights():
+        return auto_class.from_pretrained(model, **options)
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    """Within it, ZeRO-3 does not part weights as they are loaded: the model is checked, and its reference computed,
+    before DeepSpeed shards it."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    held = deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(held)
 
 
 def with_adapter(model: Any, peft_config: Any) -> Any:

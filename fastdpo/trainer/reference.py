@@ -24,11 +24,12 @@ def has_reference(dataset: Any) -> bool:
 
 
 def with_reference(
-    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, *, ld_alpha: float | None,
-    **options: Any,
+    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, *, lent: Any,
+    ld_alpha: float | None, **options: Any,
 ) -> Any:  # fmt: skip
     """The data set with the reference's sums, as `reference_columns` has them; `options` go to `fill_cache`.
 
+    `lent()` is the context in which the model is where it can run: it is only moved if something has to be computed.
     What the cache lacks is divided among the processes by content. They wait for each other at the end alone, and need
     not share a file system: then each node computes for itself what it cannot see.
 
@@ -39,13 +40,15 @@ def with_reference(
     show = args.process_index == 0 and not args.disable_tqdm
     options |= {**cut, "batch_size": args.precompute_ref_batch_size, "progress": show}
     if isinstance(dataset, IterableDataset):
-        return _streamed(dataset, cache, model, args, counts, {**cut, "ld_alpha": ld_alpha}, options)
+        with lent():
+            return _streamed(dataset, cache, model, args, counts, {**cut, "ld_alpha": ld_alpha}, options)
     rows = row_keys(dataset, **cut)
     for index, number in _divisions(args):
         cache.reload()
         if not _lacking(cache, rows.keys, counts):
             break
-        fill_cache(model, dataset, cache, shard_index=index, num_shards=number, **options)
+        with lent():
+            fill_cache(model, dataset, cache, shard_index=index, num_shards=number, **options)
     counts.gather([0])
     cache.reload()
     for name, values in cached_columns(cache, rows, ld_alpha).items():

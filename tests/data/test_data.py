@@ -74,7 +74,8 @@ def test_good_rows(row):
     [
         ({"prompt": "a", "rejected": "no"}, "'chosen' is missing"),
         ({"prompt": "a", "chosen": "yes", "rejected": None}, "'rejected' is missing"),
-        ({"chosen": "yes", "rejected": "no"}, "'prompt' is missing"),
+        ({"chosen": "yes", "rejected": "no"}, "share no beginning to take it from; add 'prompt'"),
+        ({"chosen": "why yes", "rejected": "why yes no"}, "the beginning of the other"),
         ({**GOOD, "chosen": "  \n"}, "'chosen' is empty"),
         ({**GOOD, "prompt": ""}, "'prompt' is empty"),
         ({**GOOD, "rejected": "yes"}, "are the same"),

@@ -36,9 +36,11 @@ trainer = DPOTrainer(
 )
 if "fsdp" in options:  # accelerate shards models on GPUs only, unless told that it is on some
     trainer.accelerator.state.distributed_type = DistributedType.FSDP
-    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+    plugin = trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
     )
+    if options.get("bf16"):
+        plugin.set_mixed_precision("bf16")
 passes, forward = [], trainer.compute_loss
 trainer.compute_loss = lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs)
 trainer.train()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -82,3 +83,17 @@ def test_two_processes_take_as_many_passes_and_train_as_one(tmp_path, system):
     for a, b in zip(whole, cut, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-4)
     assert passes[0] == passes[1] > 4 * 2
+
+
+@pytest.mark.slow
+def test_sharded_in_bfloat16(tmp_path):
+    """Sharding casts what goes into and comes out of a model: not the batch, its references, or the loss."""
+    options = {"bf16": True, "precompute_ref_log_probs": True}
+    whole, _ = curve(tmp_path / "whole", 1, **options)
+    sharded, _ = curve(tmp_path / "sharded", 2, **options, **SYSTEMS["fsdp2"])
+    assert json.loads((tmp_path / "sharded" / "system.json").read_text()) == "fsdp2"
+    for (loss, norm, margin, logp), (loss_2, norm_2, margin_2, logp_2) in zip(whole, sharded, strict=True):
+        assert loss_2 == pytest.approx(loss, abs=0.02) and norm_2 == pytest.approx(norm, rel=0.1)
+        assert margin_2 == pytest.approx(margin, abs=0.05) and logp_2 == pytest.approx(logp, rel=2e-3)
+    losses = [loss for loss, *_ in sharded]
+    assert any(torch.tensor(loss).bfloat16().item() != loss for loss in losses)  # float32, not what bfloat16 leaves

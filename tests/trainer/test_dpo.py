@@ -269,7 +269,7 @@ def test_a_list_may_mix_text_and_messages_and_odd_columns(tmp_path):
         processing_class=tokenizer,
     )
     assert [len(ids) for ids in run.train_dataset["prompt_ids"]] == [6, 2, 2]
-    assert set(run.train_dataset.column_names) == {"prompt_ids", "chosen_ids", "rejected_ids"}
+    assert set(run.train_dataset.column_names) == {"prompt_ids", "chosen_ids", "rejected_ids", "row_number"}
 
 
 def test_a_copy_of_a_trained_model_runs_its_own_weights(tmp_path):

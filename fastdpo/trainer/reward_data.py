@@ -1,0 +1,119 @@
+"""Data sets of a reward model: pairs of whole sequences, of which it does not matter where the answer begins."""
+
+from __future__ import annotations
+
+import logging
+import math
+import numbers
+import warnings
+from functools import partial
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from fastdpo.data.tokenize import tokenized
+from fastdpo.data.validate import TOKENIZED, common_prefix_length, data_of, is_tokenized, row_problem
+from fastdpo.trainer.dataset import columns_of
+from fastdpo.types import DataError
+
+logger = logging.getLogger(__name__)
+
+KEPT = (*TOKENIZED, "pair_weight", "margin", "row_number")
+_EMPTY_PROMPT: dict[bool, dict[str, Any]] = {True: {"prompt_ids": []}, False: {"prompt": ""}}  # tokenized or not
+_OLDER = {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
+
+
+def prepare_scored(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> Any:
+    """Token ids of every row whose sequences fit `max_length`: nothing is cut, for the score is that of the end.
+
+    Rows have `chosen` and `rejected`, behind a `prompt` or whole, as text (ended by the end-of-sequence token) or as
+    messages; or `chosen_ids` and `rejected_ids`, behind `prompt_ids` or whole. `margin` and `pair_weight` are kept.
+    `name` says in messages which data set it is.
+
+    Raises:
+        DataError: a row that cannot be used, or no row left.
+    """
+    prepare = partial(_prepared_row, tokenizer=tokenizer, name=name)
+    if not isinstance(dataset, IterableDataset) and not len(dataset):
+        raise DataError(f"the {name} data set is empty; it needs rows with chosen and rejected.")
+    if isinstance(dataset, list):
+        prepared = Dataset.from_list([prepare(row, number) for number, row in enumerate(dataset)])
+    else:
+        options: dict[str, Any] = {"remove_columns": [each for each in columns_of(dataset) if each not in KEPT]}
+        if isinstance(dataset, Dataset):
+            options |= {"num_proc": args.dataset_num_proc, "desc": f"tokenizing {name}"}
+        prepared = dataset.map(prepare, with_indices=True, **options)
+    if isinstance(prepared, Dataset) and "margin" in prepared.column_names:
+        lacking = prepared.data["margin"].null_count
+        if lacking:
+            raise DataError(
+                f"{lacking} of {len(prepared)} rows of the {name} data set have no margin, and the others have; add it "
+                "(0 where there is none) or drop the column."
+            )
+    return prepared if args.max_length is None else _fitting(prepared, args.max_length, name)
+
+
+def _fitting(dataset: Any, max_length: int, name: str) -> Any:
+    def fits(row: dict[str, Any]) -> bool:
+        return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(fits)
+    kept = dataset.filter(fits, desc=f"checking lengths of {name}")
+    if len(kept) < len(dataset):
+        logger.warning(
+            "%d of %d rows of the %s data set are left out: they are longer than max_length=%d.",
+            len(dataset) - len(kept), len(dataset), name, max_length,
+        )  # fmt: skip
+    if not len(kept):
+        raise DataError(
+            f"no row of the {name} data set is left: all are longer than max_length={max_length}; raise max_length."
+        )
+    return kept
+
+
+def _prepared_row(row: dict[str, Any], number: int, tokenizer: Any, name: str) -> dict[str, Any]:
+    row = {key: value for key, value in _renamed(row).items() if value is not None}  # tables fill up with None
+    where = f"{name} data set, row {number} (counted from 0)"
+    problem = _problem(row)
+    if problem is not None:
+        raise DataError(f"{where}: {problem}")
+    whole = _is_whole(row)
+    ids = tokenized({**row, **_EMPTY_PROMPT[is_tokenized(row)]} if whole else row, tokenizer, where)
+    if whole:
+        ids |= _parted(*(ids["prompt_ids"] + ids[side] for side in ("chosen_ids", "rejected_ids")))
+    margin = {"margin": float(row["margin"])} if "margin" in row else {}
+    return {**ids, **margin, "row_number": row.get("row_number", number)}
+
+
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    older = [column for column in _OLDER if column in row]
+    if older:
+        warnings.warn(f"{older[0]} is deprecated: call it {_OLDER[older[0]]}.", FutureWarning, stacklevel=2)
+    return {_OLDER.get(key, key): value for key, value in row.items()}
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether `chosen` and `rejected` are texts, or token ids, that hold the question, too."""
+    return "prompt_ids" not in row if is_tokenized(row) else isinstance(row["chosen"], str) and not row.get("prompt")
+
+
+def _problem(row: dict[str, Any]) -> str | None:
+    """What is wrong with the row and how to mend it, or None."""
+    if "image" in row or "images" in row:
+        return "it has images, and batches hold tokens only; train on text."
+    if data_of(row) != "pairs":
+        return f"it is one of {data_of(row)}, and a reward model trains on pairs, chosen and rejected."
+    if "margin" in row and not (isinstance(row["margin"], numbers.Real) and math.isfinite(row["margin"])):
+        return f"'margin' is {row['margin']!r}; it must be a finite number."
+    if is_tokenized(row):
+        return row_problem({"prompt_ids": [], **row})
+    if isinstance(row.get("chosen"), str) and not row.get("prompt"):
+        return row_problem({**row, "prompt": "within chosen and rejected"})
+    return row_problem(row)
+
+
+def _parted(chosen: list[int], rejected: list[int]) -> dict[str, list[int]]:
+    """What two sequences begin with as the prompt, so that what a row takes when packed is known from its lengths."""
+    shared = min(common_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    return {"prompt_ids": chosen[:shared], "chosen_ids": chosen[shared:], "rejected_ids": rejected[shared:]}
