@@ -45,6 +45,7 @@ tables:
 docs: $(VENV)/.dev
 	$(BIN)/python docs/architectures.py
 	$(BIN)/python docs/losses.py
+	$(BIN)/python docs/scaling.py
 
 test-gpu:
 	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu.py test --results $(RESULTS)

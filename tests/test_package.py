@@ -22,7 +22,7 @@ ORDER = [
     {"functional", "sums"},
     {"models"},
     {"verify"},
-    {"scoring"},
+    {"scoring", "score_models"},
     {"reference", "evaluation"},
     {"trainer"},
     {"report", "progress", "demo"},
