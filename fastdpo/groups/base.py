@@ -27,7 +27,7 @@ class GroupInputs:
     desirable: Tensor | None = None
     kl: KL = None
     margins: Tensor | None = None
-    mean_chosen_length: float | None = None
+    mean_chosen_length: Tensor | float | None = None
     grad_dtype: torch.dtype = torch.float32  # of what the gradient reaches
 
 

@@ -34,7 +34,7 @@ def check_inputs(losses: WeightedLosses, inputs: GroupInputs) -> None:
         if getattr(inputs, name) is not None and not has_meaning:
             raise ValueError(f"{name} has no meaning for loss_type {losses.names}; leave it out.")
     mean = inputs.mean_chosen_length
-    if mean is not None and not (math.isfinite(mean) and mean >= 0):
+    if mean is not None and not isinstance(mean, Tensor) and not (math.isfinite(mean) and mean >= 0):
         raise ValueError(f"mean_chosen_length is {mean}; it must be a number of tokens, from 0.")
     if inputs.ref_logps is not None and losses.data == "scores":
         raise ValueError(f"ref_logps has no meaning for loss_type {losses.names}, which compares scores; leave it out.")

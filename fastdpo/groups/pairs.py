@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdpo.groups.base import GroupInputs, Groups
 from fastdpo.groups.checks import check_vector, reference
 from fastdpo.losses import PairTerms, WeightedLosses
-from fastdpo.losses.terms import mean_length
+from fastdpo.losses.terms import mean_length, nonzero
 from fastdpo.types import LossOutput, TokenMetrics
 
 
@@ -26,7 +26,9 @@ class Pairs(Groups):
         self.divergence, self.grad_dtype = losses.divergence, inputs.grad_dtype
         self.lengths = None if lengths is None else lengths.to(like.dtype)
         self.mean_chosen_length = None
-        if inputs.mean_chosen_length is not None:
+        if isinstance(inputs.mean_chosen_length, Tensor):
+            self.mean_chosen_length = nonzero(inputs.mean_chosen_length.to(like.dtype))
+        elif inputs.mean_chosen_length is not None:
             self.mean_chosen_length = torch.full_like(like[0], inputs.mean_chosen_length or 1.0)
         elif self.lengths is not None:
             self.mean_chosen_length = mean_length(self.lengths[: self.count], self.weights)

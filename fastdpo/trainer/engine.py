@@ -380,8 +380,11 @@ class PreferenceTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         self._step_parts.grad_norm = norm
-        if self.args.nan_loss == "skip" and not math.isfinite(float(norm)):
-            self._skip_step(model)
+        if self.args.nan_loss == "skip":
+            loss = torch.stack(self._step_parts.losses).sum()
+            bad = not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
+            if any(flag for (flag,) in self._host_counts.gather([int(bad)])):
+                self._skip_step(model)
         return norm
 
     def _skip_step(self, model: Any) -> None:
@@ -441,7 +444,7 @@ class PreferenceTrainer(Trainer):
     # What transformers.Trainer asks of a subclass
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return inputs.to(self.args.device)
+        return inputs.to(self.args.device, non_blocking=True)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -472,10 +475,14 @@ class PreferenceTrainer(Trainer):
                 self.check_finite()
             self._watch.steps.clear()
             logs.update(self._metrics["train"].take(self._reduce))
-            logs["num_tokens"] = self._throughput.total_unshared
+            logs["num_tokens"] = self.num_tokens()
             dtype = self._autocast_dtype or self._inner(self.model).dtype
             logs.update(self._throughput.take(dtype))
         super().log(logs, start_time)
+
+    def num_tokens(self) -> int:
+        """Trained so far, of all processes, prompts counted with every answer; all of them call it."""
+        return sum(count for (count,) in self._host_counts.gather([self._throughput.total_unshared]))
 
     @property
     def _aside(self) -> Path:
@@ -517,7 +524,7 @@ class PreferenceTrainer(Trainer):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # Our own mean over pairs replaces the mean over batches, which counts a small last batch as a full one.
         means = self._metrics["eval"].take(self._reduce)
-        means["num_tokens"] = self._throughput.total_unshared
+        means["num_tokens"] = self.num_tokens()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 

@@ -58,9 +58,11 @@ def agree(batches: Sequence[Any], counts: HostCounts, flag: bool = False) -> tup
         for batch, each in zip(batches, needed, strict=True)
     ]
     total = sum(map(_as_number, weights))
+    # A tensor, because torch.compile would make a new graph for every number.
+    mean = torch.tensor(sum(map(_as_number, chosen)) / (total or 1.0))
     for part in itertools.chain.from_iterable(map(passes_of, cut)):
         if part.chosen_tokens is not None:
-            part["mean_chosen_length"] = sum(map(_as_number, chosen)) / (total or 1.0)
+            part["mean_chosen_length"] = mean
     return cut, total, any(flags)
 
 

@@ -25,6 +25,7 @@ STATE, REFERENCE = "fastdpo_state.json", "reference.safetensors"
 def save_state(trainer: PreferenceTrainer, folder: Path) -> None:
     """All processes call it; the first one writes."""
     sums = trainer._metrics["train"].state(trainer._reduce)
+    tokens = trainer.num_tokens()
     loss = trainer._reduce(trainer._tr_loss.clone()) / trainer.accelerator.num_processes
     if not trainer.args.should_save:
         return
@@ -33,7 +34,7 @@ def save_state(trainer: PreferenceTrainer, folder: Path) -> None:
         "metrics": sums,
         "loss_since_log": float(loss),
         "last_logged": trainer._globalstep_last_logged,
-        "num_tokens": trainer._throughput.total_unshared,
+        "num_tokens": tokens,
     }
     (folder / STATE).write_text(json.dumps(state))
     if getattr(trainer.args, "sync_ref_model", False):
@@ -54,10 +55,10 @@ def load_state(trainer: PreferenceTrainer, folder: Path) -> None:
     if not (folder / STATE).exists():
         return
     state = json.loads((folder / STATE).read_text())
-    trainer._throughput.total_unshared = state["num_tokens"]
     trainer._globalstep_last_logged = state["last_logged"]
     trainer._tr_loss += state["loss_since_log"]
     if trainer.is_world_process_zero():
+        trainer._throughput.total_unshared = state["num_tokens"]
         trainer._metrics["train"].restore(state["metrics"], trainer.args.device)
 
 

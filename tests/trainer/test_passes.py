@@ -210,7 +210,7 @@ def test_rotary_positions_that_depend_on_the_batch(tmp_path, kind, limit):
     "options, message",
     [
         ({"max_tokens_per_microbatch": 0}, "max_tokens_per_microbatch is 0"),
-        ({"max_tokens_per_microbatch": 100, "loss_type": "aot"}, "compares the pairs of a whole batch"),
+        ({"max_tokens_per_microbatch": 100, "loss_type": "aot"}, "needs a whole batch at once"),
         ({"train_sampling_strategy": "by_mood"}, "train_sampling_strategy is 'by_mood'; it must be one of: random"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef is -1.0"),
         ({"attention_backend": "flash"}, "one of: auto, flash_attn, torch_varlen, flex, sdpa"),
