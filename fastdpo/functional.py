@@ -58,6 +58,7 @@ def loss(
     desirable: Tensor | None = None,
     kl: KL = None,
     mean_chosen_length: Tensor | float | None = None,
+    num_sequences: int | None = None,
     ignore_index: int = IGNORE_INDEX,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -90,6 +91,8 @@ def loss(
             these answers another, as the mean over all processes.
         mean_chosen_length: of a batch in parts, for losses with an NLL (`sft`, `cpo`, `orpo`): mean tokens of the
             chosen answers of the whole batch. Default: of this part.
+        num_sequences: S of packed input, where neither references nor sizes tell it: without, the ids are looked at,
+            which waits for the device.
         inplace_backward: lets the backward write the gradient over `logits`; see `token_logps`.
         token_metrics: whether the same pass also gives entropy, mean logits and token accuracy for `.metrics()`.
         loss_options: as `preference_loss`, and `ld_alpha` (LD-DPO, arXiv:2409.06411: tokens beyond the length of the
@@ -103,7 +106,10 @@ def loss(
     losses = resolve_losses(loss_type, loss_weights, beta=beta, label_smoothing=label_smoothing, **loss_options)
     check_reduction(reduction)
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
-    inputs = GroupInputs(ref_logps, pair_weights, list_sizes, desirable, kl, None, mean_chosen_length, logits.dtype)
+    inputs = GroupInputs(
+        ref_logps, pair_weights, list_sizes, desirable, kl, mean_chosen_length=mean_chosen_length,
+        num_sequences=num_sequences, grad_dtype=logits.dtype,
+    )  # fmt: skip
     _check_token_inputs(losses, inputs)
     if sequence_ids is None:
         count = padded_sequences("logits", logits, labels, losses)
@@ -153,6 +159,7 @@ def linear_loss(
     desirable: Tensor | None = None,
     kl: KL = None,
     mean_chosen_length: Tensor | float | None = None,
+    num_sequences: int | None = None,
     ignore_index: int = IGNORE_INDEX,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -195,7 +202,10 @@ def linear_loss(
     losses = resolve_losses(loss_type, loss_weights, beta=beta, label_smoothing=label_smoothing, **loss_options)
     check_reduction(reduction)
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
-    inputs = GroupInputs(ref_logps, pair_weights, list_sizes, desirable, kl, None, mean_chosen_length, hidden.dtype)
+    inputs = GroupInputs(
+        ref_logps, pair_weights, list_sizes, desirable, kl, mean_chosen_length=mean_chosen_length,
+        num_sequences=num_sequences, grad_dtype=hidden.dtype,
+    )  # fmt: skip
     _check_token_inputs(losses, inputs)
     if sequence_ids is None:
         count = padded_sequences("hidden", hidden, labels, losses)

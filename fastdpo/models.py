@@ -221,7 +221,13 @@ def _batch_loss(
     return replace(output, loss=output.loss + router_aux_loss_coef * weight * aux_loss, aux_loss=aux_loss.detach())
 
 
-_LOSS_INPUTS = ("pair_weights", "list_sizes", "desirable", "mean_chosen_length")  # of a batch, where it has them
+_LOSS_INPUTS = (
+    "num_sequences",
+    "pair_weights",
+    "list_sizes",
+    "desirable",
+    "mean_chosen_length",
+)  # of a batch, where it has them
 
 
 def has_wrapper(model: Any) -> bool:

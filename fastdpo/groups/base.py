@@ -28,6 +28,7 @@ class GroupInputs:
     kl: KL = None
     margins: Tensor | None = None
     mean_chosen_length: Tensor | float | None = None
+    num_sequences: int | None = None
     grad_dtype: torch.dtype = torch.float32  # of what the gradient reaches
 
 

@@ -48,7 +48,9 @@ def packed_sequences(
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with sequence_ids it must be (N, _), a row a token.")
     if tuple(sequence_ids.shape) != (num_rows,):
         raise ValueError(f"sequence_ids has shape {tuple(sequence_ids.shape)}; it must be ({num_rows},): one id a row.")
-    if inputs.desirable is not None:
+    if inputs.num_sequences is not None:
+        count = inputs.num_sequences
+    elif inputs.desirable is not None:
         count = 2 * len(inputs.desirable)  # rows of answers to other prompts may be there, or none
     elif isinstance(refs, Tensor):
         if refs.dim() != 1 or (losses.data == "pairs" and len(refs) % 2):

@@ -124,7 +124,8 @@ class PreferenceConfig(TrainingArguments):
                 "per_device_train_batch_size to what each device is to take."
             )
         self.accelerator_config.dispatch_batches = False
-        self.accelerator_config.non_blocking = True  # batches from pinned memory: nothing waits for their copies
+        # Nothing waits for the copies of batches in pinned memory.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def _use_one_gpu(self) -> None:
         """DataParallel, which transformers takes for several GPUs in one process, would cut packed rows apart."""

@@ -38,6 +38,16 @@ class CPOConfig(ReferenceFreeConfig):
             )
         super().__post_init__()
 
+    def _check(self) -> None:
+        if self.cpo_alpha < 0:
+            raise ValueError(f"cpo_alpha is {self.cpo_alpha}; it must be a number from 0.")
+        if self.simpo_gamma != 0.5 and self.loss_type != "simpo":
+            raise ValueError(
+                f"simpo_gamma={self.simpo_gamma} has no meaning for loss_type={self.loss_type!r}; leave it out, or set "
+                "loss_type='simpo'."
+            )
+        super()._check()
+
     def loss_arguments(self) -> dict[str, Any]:
         if self.loss_type not in _LOSSES:
             raise ValueError(f"loss_type is {self.loss_type!r}; CPOTrainer knows {', '.join(_LOSSES)}.")

@@ -73,9 +73,15 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> An
             dropped, len(dataset), name, args.max_length,
         )  # fmt: skip
     if not len(kept):
-        raise DataError(f"no row of the {name} data set is left: every prompt fills max_length={args.max_length}; "
-                        "raise max_length or set truncation_mode='keep_end'.")  # fmt: skip
+        raise no_row_left(name, args)
     return kept
+
+
+def no_row_left(name: str, args: Any) -> DataError:
+    return DataError(
+        f"no row of the {name} data set is left: every prompt fills max_length={args.max_length}; raise max_length or "
+        "set truncation_mode='keep_end'."
+    )
 
 
 def check_data(dataset: Any, losses: WeightedLosses, *, name: str) -> None:

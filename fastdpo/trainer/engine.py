@@ -16,6 +16,7 @@ import functools
 import itertools
 import logging
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -47,15 +48,22 @@ from fastdpo.reference.fill import about
 from fastdpo.scoring import sequence_logps
 from fastdpo.trainer import policy
 from fastdpo.trainer.config import PreferenceConfig, ReferenceConfig, check_parallelism
-from fastdpo.trainer.dataset import KEPT, check_data, check_lengths, prepare_dataset
-from fastdpo.trainer.kept_reference import KeptReference
+from fastdpo.trainer.dataset import KEPT, check_data, check_lengths, no_row_left, prepare_dataset
+from fastdpo.trainer.kept_reference import ADAPTER, KeptReference
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.names import default_output_dir, named_tokenizer
 from fastdpo.trainer.order import pair_sampler
 from fastdpo.trainer.passes import PATIENCE, HostCounts, activations_on_host, agree, passes_of, without_exchange
 from fastdpo.trainer.reference import has_reference, with_reference
-from fastdpo.trainer.run_state import RunCallback, save_state
-from fastdpo.trainer.watch import NotFiniteError, StepParts, StepWatch, StopRequest, write_aside
+from fastdpo.trainer.run_state import RunCallback, newest_checkpoint, save_state
+from fastdpo.trainer.watch import (
+    NotFiniteError,
+    PatientWorker,
+    StepParts,
+    StepWatch,
+    StopRequest,
+    write_aside,
+)
 from fastdpo.types import LossOutput, UserError
 from fastdpo.verify import choose_packing
 
@@ -108,6 +116,8 @@ class PreferenceTrainer(Trainer):
         model = policy.load(model, args, quantization_config, auto_class=self._auto_class)
         if ref_model is model:
             raise ValueError("ref_model is the model itself; leave it out to use the policy's initial weights.")
+        if ref_model is not None and args.losses().reference_free:
+            raise ValueError("reference_free=True and ref_model contradict each other; leave one of them out.")
         ref_model = None if ref_model is None else policy.load(ref_model, _without_keywords(args, ref_model))
         if peft_config is not None:
             model = policy.with_adapter(model, peft_config)
@@ -132,7 +142,9 @@ class PreferenceTrainer(Trainer):
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._watch, self._stop_request, self._step_parts = StepWatch(), StopRequest(), StepParts()
         self._resumed_from: str | None = None
-        self._stop_agreed = False
+        self._stop_agreed = 0  # the signal that some process was sent
+        self._saved_step: int | None = None
+        self._last_logged = self._skipped = 0  # the step of the last log, and steps left out since
         super().__init__(
             model=model,
             args=args,
@@ -239,6 +251,8 @@ class PreferenceTrainer(Trainer):
         if self._reference.kind != "explicit" and all(has_reference(dataset) for _, dataset in self._named_datasets()):
             return
         self._reference.keep(self.args.device)
+        if self.args.sync_ref_model:
+            self._reference.check_can_move()
 
     def _check_reference_can_move(self) -> None:
         if hasattr(self.model, "peft_config"):
@@ -347,13 +361,15 @@ class PreferenceTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], float]:
         """The batches of an optimizer step, and what its pairs weigh over all processes: 1 each, or what rows say."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches and not self.state.global_step:
+            raise no_row_left("train", self.args)
         for batch in batches:
             if not isinstance(batch, PreferenceBatch | MicroBatches):
                 raise UserError(
                     f"data_collator makes {type(batch).__name__}; it must make batches of fastdpo.PreferenceCollator, "
                     "which is the default."
                 )
-        cut, weight, self._stop_agreed = agree(batches, self._host_counts, self._stop_request.signal is not None)
+        cut, weight, self._stop_agreed = agree(batches, self._host_counts, self._stop_request.signal or 0)
         if self.args.nan_loss == "skip":
             self._before_step = self._tr_loss.clone(), self._metrics["train"].copy()
         return cut, weight
@@ -399,6 +415,14 @@ class PreferenceTrainer(Trainer):
         model.zero_grad()
         loss_before, self._metrics["train"] = self._before_step
         self._tr_loss.copy_(loss_before)
+        self._skipped += 1
+
+    def forget_steps(self) -> None:
+        """What an earlier `train` has left of steps that it did not log."""
+        self._watch.steps.clear()
+        self._step_parts, self._metrics["train"] = StepParts(), MetricSums()
+        self._passes = 0  # over the data, begun
+        self._last_logged, self._skipped = self.state.global_step, 0
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -439,6 +463,9 @@ class PreferenceTrainer(Trainer):
             # As accelerate does for its own seeded sampler: so that the epoch reaches it also where several processes
             # resume in the middle of one.
             loader.set_sampler(self._pair_sampler)
+        if self.args.dataloader_num_workers:
+            begun = getattr(loader, "base_dataloader", loader)  # whose workers they are
+            begun.worker_init_fn = PatientWorker(begun.worker_init_fn)
         return loader
 
     # What transformers.Trainer asks of a subclass
@@ -453,12 +480,20 @@ class PreferenceTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return int(sum(map(self._step_flops, passes_of(inputs))))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         self._step_flops = self._flops_of(self._inner(self.model))  # weights may have been frozen since
         self._throughput.restart()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(Path(self.args.output_dir)) or True
         with freed_memory_kept(self.args.device), self._stop_request.listening():
-            output = super().train(*args, **kwargs)
-        self._stop_request.finish()
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.check_finite()
+            told = max(number for (number,) in self._host_counts.gather([self._stop_request.signal or 0]))
+            number = self._stop_agreed or told
+            if number and self._saved_step != self.state.global_step:  # told after the last step
+                self._save_checkpoint(self.model_wrapped, None)
+        self._stop_agreed = 0
+        self._stop_request.finish(number)
         return output
 
     def _inner_training_loop(self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
@@ -471,14 +506,28 @@ class PreferenceTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
+            finite = math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))
+            if not finite and self.args.nan_loss == "stop":
                 self.check_finite()
             self._watch.steps.clear()
+            self._leave_out_skipped(logs)
             logs.update(self._metrics["train"].take(self._reduce))
             logs["num_tokens"] = self.num_tokens()
             dtype = self._autocast_dtype or self._inner(self.model).dtype
             logs.update(self._throughput.take(dtype))
         super().log(logs, start_time)
+
+    def _leave_out_skipped(self, logs: dict[str, float]) -> None:
+        """The loss as a mean over the steps that were made; transformers divides by all."""
+        steps = self.state.global_step - self._last_logged
+        if self._skipped:
+            if steps > self._skipped:
+                logs["loss"] *= steps / (steps - self._skipped)
+            else:
+                del logs["loss"]
+            if not math.isfinite(logs.get("grad_norm", 0.0)):
+                del logs["grad_norm"]
+        self._last_logged, self._skipped = self.state.global_step, 0
 
     def num_tokens(self) -> int:
         """Trained so far, of all processes, prompts counted with every answer; all of them call it."""
@@ -537,6 +586,11 @@ class PreferenceTrainer(Trainer):
                     eval_dataset = self._with_reference(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._reference.kind == "adapter copy":  # which PEFT has saved, too: the policy is what is wanted
+            shutil.rmtree(Path(output_dir or self.args.output_dir) / ADAPTER, ignore_errors=True)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._throughput.paused():
             if self._watch.steps:
@@ -544,6 +598,7 @@ class PreferenceTrainer(Trainer):
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             save_state(self, folder)
             super()._save_checkpoint(model, trial)
+            self._saved_step = self.state.global_step
             if self.is_world_process_zero():
                 self.create_model_card(model_name=Path(self.args.output_dir).name)
 

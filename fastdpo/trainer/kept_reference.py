@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from fastdpo.models import unwrapped
 from fastdpo.trainer.policy import base_is_the_start
+from fastdpo.types import UserError
 
 ADAPTER = "ref"
 
@@ -43,7 +44,20 @@ class KeptReference:
         return self.kind != "initial"
 
     def keep(self, device: torch.device) -> None:
-        """Before training: makes it last, and ready to run on `device`."""
+        """Before training: makes it last, and ready to run on `device`.
+
+        Raises:
+            UserError: a policy whose adapters train more than themselves, or of which several are active.
+        """
+        biases = [name for name, config in getattr(self._policy, "peft_config", {}).items()
+                  if self.kind != "explicit" and getattr(config, "bias", "none") != "none"]  # fmt: skip
+        if biases:
+            how = self._policy.peft_config[biases[0]].bias
+            raise UserError(
+                f"the adapter {biases[0]!r} trains biases of the base (bias={how!r}), "
+                "so the model without it is not the one that training began with; set bias='none', pass ref_model, or "
+                "precompute_ref_log_probs=True."
+            )
         if self.kind == "initial" and hasattr(self._policy, "disable_adapter"):
             self._copy_adapter()
         elif self.kind == "initial":
@@ -53,36 +67,61 @@ class KeptReference:
 
     def _copy_adapter(self) -> None:
         policy = self._policy
+        if len(policy.active_adapters) != 1:
+            raise UserError(
+                f"the model has the active adapters {', '.join(policy.active_adapters)}, and the reference is a copy "
+                "of one; activate the one to be trained (model.set_adapter), or pass ref_model."
+            )
         (own,) = policy.active_adapters
-        policy.add_adapter(ADAPTER, policy.peft_config[own])
+        config = copy.deepcopy(policy.peft_config[own])
+        for name in ("init_lora_weights", "init_weights"):
+            if isinstance(getattr(config, name, None), str):  # it would change the base a second time
+                setattr(config, name, True)
+        trained = _trained(policy)
+        policy.add_adapter(ADAPTER, config)
         values = dict(policy.named_parameters())
         for name, value in values.items():
             if f".{own}." in name or name.endswith(f".{own}"):
                 copied = values[_renamed(name, own, ADAPTER)]
                 copied.data.copy_(value.data)
-                copied.requires_grad_(False)
         policy.set_adapter(own)
+        _train_only(policy, trained)
         self.kind = "adapter copy"
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        if self.kind == "adapters off":
-            with self._policy.disable_adapter():
-                yield
-        elif self.kind == "adapter copy":
-            own = list(self._policy.active_adapters)
-            trained = [value for value in self._policy.parameters() if value.requires_grad]
-            self._policy.set_adapter(ADAPTER)
-            try:
-                yield
-            finally:
-                self._policy.set_adapter(own[0])
-                for value in self._policy.parameters():  # set_adapter makes what it sets trainable
-                    value.requires_grad_(False)
-                for value in trained:
-                    value.requires_grad_(True)
-        else:
+        if self.kind not in ("adapters off", "adapter copy"):
             yield
+            return
+        policy, trained = self._policy, _trained(self._policy)
+        try:
+            if self.kind == "adapters off":
+                with policy.disable_adapter():
+                    yield
+            else:
+                (own,) = policy.active_adapters
+                policy.set_adapter(ADAPTER)
+                try:
+                    yield
+                finally:
+                    policy.set_adapter(own)
+        finally:
+            _train_only(policy, trained)  # PEFT makes all of what it switches on trainable
+
+    def check_can_move(self) -> None:
+        """
+        Raises:
+            UserError: a reference whose weights are not those of the policy, name by name.
+        """
+        assert self.model is not None
+        own = {name: tuple(value.shape) for name, value in unwrapped(self._policy).named_parameters()}
+        other = {name: tuple(value.shape) for name, value in self.model.named_parameters()}
+        if own != other:
+            name = next(name for name in {**own, **other} if own.get(name) != other.get(name))
+            raise UserError(
+                f"sync_ref_model=True mixes the policy into ref_model, and {name} is {own.get(name)} there and "
+                f"{other.get(name)} here; pass a reference of the same architecture, or none."
+            )
 
     def move(self, policy: Any, share: float) -> None:
         """reference = share * policy + (1 - share) * reference; all processes call it."""
@@ -92,6 +131,16 @@ class KeptReference:
             for name, value in unwrapped(policy).named_parameters():
                 whole = value.full_tensor() if isinstance(value, DTensor) else value
                 moved[name].lerp_(whole.detach().to(moved[name].device, moved[name].dtype), share)
+
+
+def _trained(model: Any) -> set[str]:
+    return {name for name, value in model.named_parameters() if value.requires_grad}
+
+
+def _train_only(model: Any, names: set[str]) -> None:
+    for name, value in model.named_parameters():
+        if value.requires_grad != (name in names):
+            value.requires_grad_(name in names)
 
 
 def _renamed(name: str, old: str, new: str) -> str:

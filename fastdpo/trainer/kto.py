@@ -15,7 +15,7 @@ from fastdpo.trainer.config import ReferenceConfig, option
 from fastdpo.trainer.dataset import columns_of
 from fastdpo.trainer.engine import PreferenceTrainer
 from fastdpo.trainer.names import default_output_dir, named_tokenizer
-from fastdpo.types import LossOutput
+from fastdpo.types import DataError, LossOutput
 
 _CHUNK = 1000  # rows of pairs that are parted at a time: first all chosen answers, then all rejected ones
 
@@ -110,27 +110,28 @@ def as_answers(dataset: Any) -> Any:
         if not dataset or not _are_pairs(dataset[0]):
             return dataset
         starts = range(0, len(dataset), _CHUNK)
-        return [row for start in starts for row in _parted_rows(dataset[start : start + _CHUNK])]
+        return [row for start in starts for row in _parted_rows(dataset[start : start + _CHUNK], start)]
     columns = columns_of(dataset)
     if not _are_pairs(columns):
         return dataset
 
-    def parted(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def parted(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        answers = list(_parted_rows(rows))
+        answers = list(_parted_rows(rows, numbers[0]))
         return {column: [row.get(column) for row in answers] for column in answers[0]}
 
-    return dataset.map(parted, batched=True, batch_size=_CHUNK, remove_columns=columns)
+    return dataset.map(parted, batched=True, batch_size=_CHUNK, remove_columns=columns, with_indices=True)
 
 
 def _are_pairs(fields: Any) -> bool:
     return any(name in fields for side in SIDES for name in (side, f"{side}_ids"))
 
 
-def _parted_rows(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _parted_rows(rows: list[dict[str, Any]], first: int) -> Iterator[dict[str, Any]]:
+    """`first`: the number of the first of them in its data set, for messages."""
     for side, label in zip(SIDES, (True, False), strict=True):
-        for row in rows:
-            answer = dict(row)
+        for number, row in enumerate(rows, first):
+            answer = {"row_number": number, **row}
             if answer.get("prompt") is None and side in answer:
                 shared = implicit_prompt_length(row["chosen"], row["rejected"])
                 answer["prompt"], answer[side] = answer[side][:shared], answer[side][shared:]
@@ -147,6 +148,8 @@ def with_mismatched(dataset: Any, batch_size: int) -> Any:
     the rows come in order.
     """
     count = len(dataset) if isinstance(dataset, Dataset) else None
+    if count == 1:
+        raise DataError("the data set holds one row, and the KL estimate needs answers to other prompts; add rows.")
 
     def rotated(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         answers = batch["completion_ids"]

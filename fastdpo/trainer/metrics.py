@@ -48,10 +48,12 @@ class MetricSums:
         values, counts = (sums if reduce is None else reduce(sums)).view(2, -1).tolist()
         return {"names": self._names, "sums": values, "counts": counts}
 
-    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def restore(self, state: Mapping[str, Any], device: torch.device, share: float = 1.0) -> None:
+        """`share`: of this process; of several, one takes all and the others nothing, under the same names."""
+        self._names, self._counts, self._sums = [], [], None
         if state:
-            self._names, self._counts = list(state["names"]), list(state["counts"])
-            self._sums = torch.tensor(state["sums"], dtype=torch.float32, device=device)
+            self._names, self._counts = list(state["names"]), [share * count for count in state["counts"]]
+            self._sums = torch.tensor(state["sums"], dtype=torch.float32, device=device) * share
 
     def copy(self) -> MetricSums:
         copied = MetricSums()

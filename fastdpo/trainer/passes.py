@@ -41,9 +41,9 @@ class HostCounts:
         return [each.tolist() for each in all_values]
 
 
-def agree(batches: Sequence[Any], counts: HostCounts, flag: bool = False) -> tuple[list[Any], float, bool]:
+def agree(batches: Sequence[Any], counts: HostCounts, signal: int = 0) -> tuple[list[Any], float, int]:
     """The batches of a step, each cut into as many passes on every process; what the step's pairs weigh together, over
-    all processes (their number, where the rows carry no weights); and whether any process has set its flag.
+    all processes (their number, where the rows carry no weights); and the signal that any process was sent, or 0.
 
     The mean length of the chosen answers, by which an NLL is divided, becomes that of the whole step, too: whichever
     way its pairs are dealt out, the gradient is the same.
@@ -51,8 +51,8 @@ def agree(batches: Sequence[Any], counts: HostCounts, flag: bool = False) -> tup
     lengths = [len(batch) if isinstance(batch, MicroBatches) else 1 for batch in batches]
     weight = sum(batch.total_weight for batch in batches)
     tokens = sum(batch.chosen_tokens or 0.0 for batch in batches)
-    everywhere = counts.gather([int(flag), _as_integer(weight), _as_integer(tokens), *lengths])
-    flags, weights, chosen, *needed = zip(*everywhere, strict=True)
+    everywhere = counts.gather([signal, _as_integer(weight), _as_integer(tokens), *lengths])
+    signals, weights, chosen, *needed = zip(*everywhere, strict=True)
     cut = [
         batch.into(max(each)) if isinstance(batch, MicroBatches) else batch
         for batch, each in zip(batches, needed, strict=True)
@@ -63,7 +63,7 @@ def agree(batches: Sequence[Any], counts: HostCounts, flag: bool = False) -> tup
     for part in itertools.chain.from_iterable(map(passes_of, cut)):
         if part.chosen_tokens is not None:
             part["mean_chosen_length"] = mean
-    return cut, total, any(flags)
+    return cut, total, max(signals)
 
 
 def _as_integer(value: float) -> int:

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import IterableDataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdpo.evaluation import generate_from_ids
 
 if TYPE_CHECKING:
     from fastdpo.trainer.engine import PreferenceTrainer
 
+WATCHED_STEPS = 256  # after which a run that logs seldom looks whether its numbers are numbers
 STATE, REFERENCE = "fastdpo_state.json", "reference.safetensors"
 
 
@@ -34,6 +38,8 @@ def save_state(trainer: PreferenceTrainer, folder: Path) -> None:
         "metrics": sums,
         "loss_since_log": float(loss),
         "last_logged": trainer._globalstep_last_logged,
+        "skipped": trainer._skipped,
+        "passes": trainer._passes,
         "num_tokens": tokens,
     }
     (folder / STATE).write_text(json.dumps(state))
@@ -55,11 +61,25 @@ def load_state(trainer: PreferenceTrainer, folder: Path) -> None:
     if not (folder / STATE).exists():
         return
     state = json.loads((folder / STATE).read_text())
+    if isinstance(trainer.train_dataset, IterableDataset) and state.get("passes", 1) > 1:
+        raise ValueError(
+            f"{folder} stands in pass {state['passes']} over a streamed data set, and only the first can be skipped "
+            "through; resume from a checkpoint of the first pass, or train on a data set with a length."
+        )
     trainer._globalstep_last_logged = state["last_logged"]
+    trainer._last_logged, trainer._skipped = state["last_logged"], state.get("skipped", 0)
     trainer._tr_loss += state["loss_since_log"]
-    if trainer.is_world_process_zero():
-        trainer._throughput.total_unshared = state["num_tokens"]
-        trainer._metrics["train"].restore(state["metrics"], trainer.args.device)
+    trainer._total_loss_scalar -= state["loss_since_log"]  # the mean over this call's steps is of these alone
+    first = trainer.is_world_process_zero()
+    trainer._throughput.total_unshared = state["num_tokens"] if first else 0
+    trainer._metrics["train"].restore(state["metrics"], trainer.args.device, share=1.0 if first else 0.0)
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of an output folder: `trainer_state.json` is what is written last."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / TRAINER_STATE_NAME).exists()]
+    numbers = {int(path.name.rsplit("-", 1)[1]): path for path in found if path.name.rsplit("-", 1)[1].isdigit()}
+    return str(numbers[max(numbers)]) if numbers else None
 
 
 class RunCallback(TrainerCallback):
@@ -70,24 +90,30 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        trainer._watch.steps.clear()
+        trainer.forget_steps()
         if trainer._resumed_from:
             load_state(trainer, Path(trainer._resumed_from))
         if args.show_generations and not trainer._resumed_from:
             self._show("before")
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._passes += 1
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if trainer._step_parts.losses:  # none where the step was skipped
             trainer._watch.add(state.global_step, *trainer._step_parts.take())
+        if len(trainer._watch.steps) >= WATCHED_STEPS:
+            trainer.check_finite()
         if getattr(args, "sync_ref_model", False) and state.global_step % args.ref_model_sync_steps == 0:
             trainer._reference.move(trainer.model, args.ref_model_mixup_alpha)
-        asked = trainer._stop_request.signal is not None and trainer.accelerator.num_processes == 1
-        if asked or trainer._stop_agreed:
+        if trainer.accelerator.num_processes == 1:
+            trainer._stop_agreed = trainer._stop_request.signal or 0
+        if trainer._stop_agreed:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.show_generations and self.trainer._stop_request.signal is None:
+        if args.show_generations and not self.trainer._stop_agreed:
             self._show("after")
 
     def _show(self, when: str) -> None:

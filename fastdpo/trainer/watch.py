@@ -81,6 +81,19 @@ def write_aside(path: Path, step: int, rows: Sequence[Any], dataset: Any, proces
             file.write(json.dumps({"step": step, "process": process, **row}) + "\n")
 
 
+class PatientWorker:
+    """A data loader's worker that leaves signals to the run: it is stopped when the run is done with it."""
+
+    def __init__(self, begin: Any) -> None:
+        self.begin = begin
+
+    def __call__(self, number: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.begin is not None:
+            self.begin(number)
+
+
 class StopRequest:
     """Ctrl-C and SIGTERM, taken as a wish: the run saves a checkpoint at the end of the step, then stops.
 
@@ -93,6 +106,7 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Only the main thread may; elsewhere (notebooks' workers, say) signals stay what they are."""
+        self.signal = None  # what an earlier run was told
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -103,7 +117,8 @@ class StopRequest:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # one that C installed
+                    signal.signal(number, handler)
 
     def _asked(self, number: int, frame: Any) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -111,9 +126,9 @@ class StopRequest:
         self.signal = number
         logger.warning("%s: saving a checkpoint at the end of this step, then stopping.", signal.Signals(number).name)
 
-    def finish(self) -> None:
-        """After the checkpoint: what the signal would have done."""
-        number, self.signal = self.signal, None
+    def finish(self, number: int) -> None:
+        """After the checkpoint: what the signal (0 for none) would have done."""
+        self.signal = None
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGTERM:
