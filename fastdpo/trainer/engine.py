@@ -420,7 +420,8 @@ class PreferenceTrainer(Trainer):
     def forget_steps(self) -> None:
         """What an earlier `train` has left of steps that it did not log."""
         self._watch.steps.clear()
-        self._step_parts, self._metrics["train"] = StepParts(), MetricSums()
+        self._step_parts = StepParts()
+        self._metrics["train"].clear()
         self._passes = 0  # over the data, begun
         self._last_logged, self._skipped = self.state.global_step, 0
 

@@ -50,10 +50,13 @@ class MetricSums:
 
     def restore(self, state: Mapping[str, Any], device: torch.device, share: float = 1.0) -> None:
         """`share`: of this process; of several, one takes all and the others nothing, under the same names."""
-        self._names, self._counts, self._sums = [], [], None
+        self.clear()
         if state:
             self._names, self._counts = list(state["names"]), [share * count for count in state["counts"]]
             self._sums = torch.tensor(state["sums"], dtype=torch.float32, device=device) * share
+
+    def clear(self) -> None:
+        self._names, self._sums, self._counts = [], None, []
 
     def copy(self) -> MetricSums:
         copied = MetricSums()
@@ -66,7 +69,7 @@ class MetricSums:
         if self._sums is None:
             return {}
         state = self.state(reduce)
-        self._names, self._sums, self._counts = [], None, []
+        self.clear()
         each = zip(state["names"], state["sums"], state["counts"], strict=True)
         return {name: value / count for name, value, count in each if count}
 

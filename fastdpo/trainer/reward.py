@@ -223,6 +223,10 @@ class ScoreSums(MetricSums):
     def end_batch(self) -> None:
         self._within = False
 
+    def clear(self) -> None:
+        super().clear()
+        self._bounds, self._within = [], False
+
     def copy(self) -> MetricSums:
         copied = ScoreSums(self._gather)
         copied.__dict__.update(super().copy().__dict__)
