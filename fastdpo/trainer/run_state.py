@@ -22,7 +22,7 @@ from fastdpo.evaluation import generate_from_ids
 if TYPE_CHECKING:
     from fastdpo.trainer.engine import PreferenceTrainer
 
-WATCHED_STEPS = 256  # after which a run that logs seldom looks whether its numbers are numbers
+WATCHED_STEPS = 100  # after which a run that logs seldom looks whether its numbers are numbers
 STATE, REFERENCE = "fastdpo_state.json", "reference.safetensors"
 
 

@@ -296,3 +296,68 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(tmp_path, caplog):
     run = trainer(tmp_path, rows=rows, max_length=9)
     assert len(run.train_dataset) == 4
     assert any("3 of 7 rows of the train data set are left out" in r.getMessage() for r in caplog.records)
+
+
+def test_older_spellings(tmp_path):
+    """Of scripts that were written for older versions of TRL: they work, with a warning that names the new way."""
+    with pytest.warns(FutureWarning, match="rpo_alpha is deprecated: mix the losses"):
+        mixed = config(tmp_path, rpo_alpha=0.5, max_steps=2)
+    assert (mixed.loss_type, mixed.loss_weights) == (["sigmoid", "sft"], [1.0, 0.5])
+    with pytest.raises(ValueError, match="adds the loss 'sft', which loss_type has"), pytest.warns(FutureWarning):
+        config(tmp_path, rpo_alpha=0.5, loss_type=["sigmoid", "sft"])
+    rows = random_rows(8, prompt=(6, 9), answer=(5, 9))
+    with pytest.warns(FutureWarning, match="max_prompt_length is deprecated"):
+        cut = config(tmp_path, max_prompt_length=4, max_completion_length=3, max_steps=1)
+    with pytest.warns(FutureWarning, match="tokenizer is deprecated: pass it as processing_class"):
+        run = DPOTrainer(tiny_model(), args=cut, train_dataset=rows, tokenizer=word_tokenizer())
+    assert run.train_dataset["prompt_ids"][:] == [row["prompt_ids"][-4:] for row in rows]
+    assert run.train_dataset["chosen_ids"][:] == [row["chosen_ids"][:3] for row in rows]
+    with pytest.raises(ValueError, match="both are given"):
+        DPOTrainer(tiny_model(), args=cut, train_dataset=rows, tokenizer=word_tokenizer(),
+                   processing_class=word_tokenizer())  # fmt: skip
+
+
+def test_answers_before_and_after(tmp_path, capsys):
+    rows = random_rows(8)
+    run = trainer(tmp_path, rows=rows, eval_dataset=random_rows(3, seed=5), show_generations=2, max_steps=2)
+    run.train()
+    shown = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    assert [entry["when"] for entry in shown] == ["before", "before", "after", "after"]
+    prompts = [word_tokenizer().decode(row["prompt_ids"]) for row in random_rows(2, seed=5)]
+    assert [entry["prompt"] for entry in shown] == prompts * 2
+    assert capsys.readouterr().out.count("after training: ") == 2
+    plain = trainer(tmp_path / "plain", rows=rows, max_steps=2)
+    plain.train()
+    assert losses_of(run) == losses_of(plain)  # it draws nothing
+
+
+def test_activations_may_wait_on_the_host(tmp_path):
+    runs = [trainer(tmp_path / str(on), rows=random_rows(8), max_steps=3, activation_offloading=on) for on in (0, 1)]
+    for run in runs:
+        run.train()
+    assert losses_of(runs[0]) == losses_of(runs[1])
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"cp_size": 2}])
+def test_rows_are_not_cut_among_processes(sizes):
+    from types import SimpleNamespace
+
+    from fastdpo.trainer.config import check_parallelism
+
+    check_parallelism(None)
+    check_parallelism(SimpleNamespace(tp_size=1, cp_size=1, sp_size=None))
+    with pytest.raises(ValueError, match=f"parallelism_config has {next(iter(sizes))}=2"):
+        check_parallelism(SimpleNamespace(**sizes))
+
+
+@pytest.mark.gpu
+def test_activations_wait_in_pinned_memory():
+    from fastdpo.trainer.passes import activations_on_host
+
+    weight = torch.nn.Parameter(torch.randn(64, 64, device="cuda"))
+    x = torch.randn(512, 64, device="cuda", requires_grad=True)
+    expected = torch.autograd.grad((x @ weight).tanh().square().sum(), [x, weight])
+    with activations_on_host():
+        loss = (x @ weight).tanh().square().sum()
+    for got, wanted in zip(torch.autograd.grad(loss, [x, weight]), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
