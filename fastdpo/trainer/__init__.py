@@ -1,13 +1,14 @@
 """Trainers of preferences on transformers.Trainer: one engine, thin names.
 
 config.py          options that all share; DPOConfig
-engine.py          PreferenceTrainer: what happens to a batch, a step, a log, a checkpoint
+engine.py          PreferenceTrainer: what happens to a batch, from the collator to the loss
+surviving.py       beneath it: steps, signals, logs, checkpoints; run_state.py and watch.py are its parts
+referenced.py      beneath it: the reference; kept_reference.py and reference.py are its parts
 dpo.py kto.py orpo.py cpo.py reward.py     the names
 policy.py          the model: loading, adapters, tokenizer
 dataset.py reward_data.py order.py sampling.py     rows: tokenized, checked, in what order
-kept_reference.py reference.py             the reference: a model kept beside, or log-probs from the cache
 passes.py          a step in forward passes of bounded size
-metrics.py run_state.py watch.py           numbers, checkpoints, what must be survived
+metrics.py         numbers, on the device until they are logged
 """
 
 from fastdpo.trainer.config import DPOConfig

@@ -12,67 +12,45 @@ What happens to a batch, top to bottom:
 
 from __future__ import annotations
 
-import functools
 import itertools
-import logging
-import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoModelForCausalLM, Trainer, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import AutoModelForCausalLM, set_seed
 
-from fastdpo.data.validate import REFERENCES
-from fastdpo.device import freed_memory_kept
 from fastdpo.models import (
     causal_lm,
-    evaluating,
     extend_forward,
     is_mixture_of_experts,
     position_limit,
     through_forward,
 )
 from fastdpo.packing import MicroBatches, PreferenceBatch, PreferenceCollator
-from fastdpo.reference import ReferenceCache, model_fingerprint
-from fastdpo.reference.cache import default_cache_dir
-from fastdpo.reference.fill import about
-from fastdpo.scoring import sequence_logps
 from fastdpo.trainer import policy
-from fastdpo.trainer.config import PreferenceConfig, ReferenceConfig, check_parallelism
+from fastdpo.trainer.config import PreferenceConfig, check_parallelism
 from fastdpo.trainer.dataset import KEPT, check_data, check_lengths, no_row_left, prepare_dataset
-from fastdpo.trainer.kept_reference import ADAPTER, KeptReference
+from fastdpo.trainer.kept_reference import KeptReference
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
-from fastdpo.trainer.names import default_output_dir, named_tokenizer
 from fastdpo.trainer.order import pair_sampler
 from fastdpo.trainer.passes import PATIENCE, HostCounts, activations_on_host, agree, passes_of, without_exchange
-from fastdpo.trainer.reference import has_reference, with_reference
-from fastdpo.trainer.run_state import RunCallback, newest_checkpoint, save_state
+from fastdpo.trainer.reference import has_reference
+from fastdpo.trainer.referenced import ReferencedTrainer
+from fastdpo.trainer.run_state import RunCallback
 from fastdpo.trainer.watch import (
-    NotFiniteError,
     PatientWorker,
-    StepParts,
-    StepWatch,
-    StopRequest,
-    write_aside,
 )
 from fastdpo.types import LossOutput, UserError
 from fastdpo.verify import choose_packing
 
-logger = logging.getLogger(__name__)
-
 _TINY = 1e-30  # in place of the weight of a step in which no pair weighs anything
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(ReferencedTrainer):
     """Trains a model on preferences; the trainers with names of their own say on which, with which losses.
 
     Args:
@@ -140,11 +118,6 @@ class PreferenceTrainer(Trainer):
         else:
             eval_dataset = self._prepared(eval_dataset, processing_class, args, "eval")
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
-        self._watch, self._stop_request, self._step_parts = StepWatch(), StopRequest(), StepParts()
-        self._resumed_from: str | None = None
-        self._stop_agreed = 0  # the signal that some process was sent
-        self._saved_step: int | None = None
-        self._last_logged = self._skipped = 0  # the step of the last log, and steps left out since
         super().__init__(
             model=model,
             args=args,
@@ -223,100 +196,6 @@ class PreferenceTrainer(Trainer):
 
     # The reference
 
-    @property
-    def ref_model(self) -> Any:
-        """The reference, where it is a model of its own."""
-        return self._reference.model
-
-    def _prepare_reference(self) -> None:
-        """Columns of reference log-probs where they are to be computed ahead; else a frozen model to run beside."""
-        self._ref_cache: ReferenceCache | None = None
-        if not self._losses.needs_reference:
-            return
-        assert isinstance(self.args, ReferenceConfig)
-        if self.args.sync_ref_model:
-            self._check_reference_can_move()
-        if self.args.precompute_ref_log_probs:
-            with self._reference.running():
-                fingerprint = model_fingerprint(self._reference.runs, self._autocast_dtype)
-            folder = self.args.ref_logps or default_cache_dir(fingerprint)
-            self._ref_cache = ReferenceCache(folder, fingerprint, about=about(self._reference.runs))
-            if self.train_dataset is not None:
-                self.train_dataset = self._with_reference(self.train_dataset)
-            if isinstance(self.eval_dataset, Mapping):
-                self.eval_dataset = {name: self._with_reference(part) for name, part in self.eval_dataset.items()}
-            elif self.eval_dataset is not None:
-                self.eval_dataset = self._with_reference(self.eval_dataset)
-            return
-        if self._reference.kind != "explicit" and all(has_reference(dataset) for _, dataset in self._named_datasets()):
-            return
-        self._reference.keep(self.args.device)
-        if self.args.sync_ref_model:
-            self._reference.check_can_move()
-
-    def _check_reference_can_move(self) -> None:
-        if hasattr(self.model, "peft_config"):
-            raise ValueError(
-                "sync_ref_model=True mixes whole weights, and of a model with adapters only these move; leave it off, "
-                "or train without PEFT."
-            )
-        if self.is_deepspeed_enabled:
-            raise ValueError(
-                "sync_ref_model=True is not supported under DeepSpeed, which shards weights; use FSDP or DDP."
-            )
-        if any(has_reference(dataset) for _, dataset in self._named_datasets()):
-            raise ValueError(
-                "sync_ref_model=True moves the reference, and the rows carry its sums; drop those columns."
-            )
-
-    def _check_reference_is_left(self) -> None:
-        """For a data set that comes later, and whose reference log-probs are not there."""
-        if self._reference.kind == "explicit":
-            return
-        if self._ref_cache is None and not self._reference.lasts:
-            raise ValueError(
-                f"this evaluation set has no {' and '.join(REFERENCES[self._losses.data])}, as the other data sets do, "
-                "and there is no other reference; add the columns, or pass ref_model to the constructor."
-            )
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self._ref_cache is not None and self.state.global_step and (sharded or not self._reference.lasts):
-            raise ValueError(
-                "the reference of this new evaluation set cannot be computed any more: with "
-                "precompute_ref_log_probs=True and no ref_model, it was the policy before training; "
-                "pass the set to the constructor."
-            )
-
-    def _named_datasets(self) -> list[tuple[str, Any]]:
-        evals = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
-        return [(name, part) for name, part in {"train": self.train_dataset, **evals}.items() if part is not None]
-
-    def _with_reference(self, dataset: Any) -> Any:
-        if has_reference(dataset):
-            return dataset
-        assert self._ref_cache is not None
-        with self._reference.running():
-            return with_reference(
-                dataset,
-                self._ref_cache,
-                self._reference.runs,
-                self.args,
-                self._patient_counts,
-                lent=functools.partial(_lent, self._reference.runs, self.args.device),
-                ld_alpha=self._losses.ld_alpha,
-                packing=self.packing,
-                attention_backend=self.args.attention_backend,
-                autocast_dtype=self._autocast_dtype,
-            )
-
-    def _online_reference(self, batch: PreferenceBatch) -> Tensor:
-        reference = self._reference.runs
-        with evaluating(reference), torch.no_grad(), self._reference.running(), self.accelerator.autocast():
-            return sequence_logps(
-                reference, batch, attention_backend=self.args.attention_backend, ld_alpha=self._losses.ld_alpha
-            )
-
-    # The loss
-
     def _loss_options(self) -> dict[str, Any]:
         mean_over_processes = {"kl": self._mean_over_processes} if self._losses.needs_kl else {}
         return {
@@ -393,38 +272,6 @@ class PreferenceTrainer(Trainer):
         self._step_parts.add(loss, passes)
         return loss
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        self._step_parts.grad_norm = norm
-        if self.args.nan_loss == "skip":
-            loss = torch.stack(self._step_parts.losses).sum()
-            bad = not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
-            if any(flag for (flag,) in self._host_counts.gather([int(bad)])):
-                self._skip_step(model)
-        return norm
-
-    def _skip_step(self, model: Any) -> None:
-        """Leaves a step out: no gradient, and none of its numbers in what is logged."""
-        step = self.state.global_step + 1
-        loss, norm, rows = self._step_parts.take()
-        self._write_aside(step, rows)
-        logger.warning(
-            "step %d is skipped: its loss is %s and its gradient norm %s; its rows are in %s.",
-            step, float(loss), float(norm), self._aside,
-        )  # fmt: skip
-        model.zero_grad()
-        loss_before, self._metrics["train"] = self._before_step
-        self._tr_loss.copy_(loss_before)
-        self._skipped += 1
-
-    def forget_steps(self) -> None:
-        """What an earlier `train` has left of steps that it did not log."""
-        self._watch.steps.clear()
-        self._step_parts = StepParts()
-        self._metrics["train"].clear()
-        self._passes = 0  # over the data, begun
-        self._last_logged, self._skipped = self.state.global_step, 0
-
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -481,94 +328,6 @@ class PreferenceTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return int(sum(map(self._step_flops, passes_of(inputs))))
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self._step_flops = self._flops_of(self._inner(self.model))  # weights may have been frozen since
-        self._throughput.restart()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(Path(self.args.output_dir)) or True
-        with freed_memory_kept(self.args.device), self._stop_request.listening():
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
-            self.check_finite()
-            told = max(number for (number,) in self._host_counts.gather([self._stop_request.signal or 0]))
-            number = self._stop_agreed or told
-            if number and self._saved_step != self.state.global_step:  # told after the last step
-                self._save_checkpoint(self.model_wrapped, None)
-        self._stop_agreed = 0
-        self._stop_request.finish(number)
-        return output
-
-    def _inner_training_loop(self, *args: Any, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        self._resumed_from = resume_from_checkpoint
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
-            # The loss and its sums are float32, whatever the layers compute in.
-            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
-        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            finite = math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))
-            if not finite and self.args.nan_loss == "stop":
-                self.check_finite()
-            self._watch.steps.clear()
-            self._leave_out_skipped(logs)
-            logs.update(self._metrics["train"].take(self._reduce))
-            logs["num_tokens"] = self.num_tokens()
-            dtype = self._autocast_dtype or self._inner(self.model).dtype
-            logs.update(self._throughput.take(dtype))
-        super().log(logs, start_time)
-
-    def _leave_out_skipped(self, logs: dict[str, float]) -> None:
-        """The loss as a mean over the steps that were made; transformers divides by all."""
-        steps = self.state.global_step - self._last_logged
-        if self._skipped:
-            if steps > self._skipped:
-                logs["loss"] *= steps / (steps - self._skipped)
-            else:
-                del logs["loss"]
-            if not math.isfinite(logs.get("grad_norm", 0.0)):
-                del logs["grad_norm"]
-        self._last_logged, self._skipped = self.state.global_step, 0
-
-    def num_tokens(self) -> int:
-        """Trained so far, of all processes, prompts counted with every answer; all of them call it."""
-        return sum(count for (count,) in self._host_counts.gather([self._throughput.total_unshared]))
-
-    @property
-    def _aside(self) -> Path:
-        return Path(self.args.output_dir) / "nan_rows.jsonl"
-
-    def _write_aside(self, step: int, rows: Sequence[int]) -> None:
-        self._aside.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(self._aside, step, rows, self.train_dataset, self.args.process_index)
-
-    def check_finite(self) -> None:
-        """Waits for the device, and raises NotFiniteError for the first step since the last log that went wrong."""
-        bad = self._watch.first_bad()
-        if bad is None:
-            return
-        step, loss, norm, rows = bad
-        self._write_aside(step, rows)
-        some = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        raise NotFiniteError(
-            f"the loss of step {step} is {loss} and its gradient norm {norm}. Rows {some} of the training data "
-            f"(counted from 0) made it on this process; they are in {self._aside}. The weights have taken it in: go "
-            "back to a checkpoint before it. Look at the rows, lower learning_rate or set max_grad_norm; "
-            "nan_loss='skip' leaves such steps out."
-        )
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: Any = None, tags: Any = None, **kwargs: Any
-    ) -> None:
-        """Writes README.md into the output folder; the arguments are TRL's, and those of transformers."""
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        if dataset_name is not None:
-            kwargs["dataset"] = dataset_name
-        super().create_model_card(model_name=model_name, tags=[*self._tags, *tags], **kwargs)
-
-    def _reduce(self, sums: Tensor) -> Tensor:
-        return self.accelerator.reduce(sums, "sum") if self.accelerator.num_processes > 1 else sums
-
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         with self._throughput.paused():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -586,78 +345,6 @@ class PreferenceTrainer(Trainer):
                 if self._ref_cache is not None:
                     eval_dataset = self._with_reference(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self._reference.kind == "adapter copy":  # which PEFT has saved, too: the policy is what is wanted
-            shutil.rmtree(Path(output_dir or self.args.output_dir) / ADAPTER, ignore_errors=True)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self._throughput.paused():
-            if self._watch.steps:
-                self.check_finite()
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_state(self, folder)
-            super()._save_checkpoint(model, trial)
-            self._saved_step = self.state.global_step
-            if self.is_world_process_zero():
-                self.create_model_card(model_name=Path(self.args.output_dir).name)
-
-
-class ReferenceFreeTrainer(PreferenceTrainer):
-    """Trainers of pairs without a reference; their constructor is that of TRL's."""
-
-    _config: ClassVar[type[PreferenceConfig]]
-    _method: ClassVar[str]
-
-    def __init__(
-        self,
-        model: Any = None,
-        args: Any = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        model_init: Any = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        preprocess_logits_for_metrics: Any = None,
-        peft_config: Any = None,
-        compute_metrics: Any = None,
-        *,
-        tokenizer: Any = None,
-    ) -> None:
-        if preprocess_logits_for_metrics is not None:
-            raise ValueError("preprocess_logits_for_metrics has no logits to work on: none are formed; leave it out.")
-        if (model is None) == (model_init is None):
-            raise ValueError("give either model or model_init, which makes one.")
-        model = model_init() if model is None else model
-        super().__init__(
-            model,
-            self._config(output_dir=default_output_dir(model, self._method)) if args is None else args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=named_tokenizer(processing_class, tokenizer),
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-        )
-
-
-@contextmanager
-def _lent(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """The model on `device` within it, and then where it was: no memory is held for what is done ahead."""
-    home = next(model.parameters()).device
-    if home == device:
-        yield
-        return
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(home)
 
 
 def _without_keywords(args: Any, ref_model: Any) -> Any:

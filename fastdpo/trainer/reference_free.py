@@ -1,0 +1,51 @@
+"""What trainers of pairs without a reference share: the constructor of TRL's."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from fastdpo.trainer.config import PreferenceConfig
+from fastdpo.trainer.engine import PreferenceTrainer
+from fastdpo.trainer.names import default_output_dir, named_tokenizer
+
+
+class ReferenceFreeTrainer(PreferenceTrainer):
+    """Trainers of pairs without a reference; their constructor is that of TRL's."""
+
+    _config: ClassVar[type[PreferenceConfig]]
+    _method: ClassVar[str]
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Any = None,
+        peft_config: Any = None,
+        compute_metrics: Any = None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        if preprocess_logits_for_metrics is not None:
+            raise ValueError("preprocess_logits_for_metrics has no logits to work on: none are formed; leave it out.")
+        if (model is None) == (model_init is None):
+            raise ValueError("give either model or model_init, which makes one.")
+        model = model_init() if model is None else model
+        super().__init__(
+            model,
+            self._config(output_dir=default_output_dir(model, self._method)) if args is None else args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=named_tokenizer(processing_class, tokenizer),
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )

@@ -1,0 +1,142 @@
+"""The reference's part of a trainer: columns computed ahead, or a model kept beside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.data.validate import REFERENCES
+from fastdpo.losses import WeightedLosses
+from fastdpo.models import evaluating
+from fastdpo.packing import PreferenceBatch
+from fastdpo.reference import ReferenceCache, model_fingerprint
+from fastdpo.reference.cache import default_cache_dir
+from fastdpo.reference.fill import about
+from fastdpo.scoring import sequence_logps
+from fastdpo.trainer.config import ReferenceConfig
+from fastdpo.trainer.passes import HostCounts
+from fastdpo.trainer.reference import has_reference, with_reference
+from fastdpo.trainer.surviving import SurvivingTrainer
+
+
+class ReferencedTrainer(SurvivingTrainer):
+    """What PreferenceTrainer knows of the reference; `_reference` and `_losses` are set by then."""
+
+    train_dataset: Any
+    eval_dataset: Any
+    packing: str
+    _losses: WeightedLosses
+    _patient_counts: HostCounts
+
+    @property
+    def ref_model(self) -> Any:
+        """The reference, where it is a model of its own."""
+        return self._reference.model
+
+    def _prepare_reference(self) -> None:
+        """Columns of reference log-probs where they are to be computed ahead; else a frozen model to run beside."""
+        self._ref_cache: ReferenceCache | None = None
+        if not self._losses.needs_reference:
+            return
+        assert isinstance(self.args, ReferenceConfig)
+        if self.args.sync_ref_model:
+            self._check_reference_can_move()
+        if self.args.precompute_ref_log_probs:
+            with self._reference.running():
+                fingerprint = model_fingerprint(self._reference.runs, self._autocast_dtype)
+            folder = self.args.ref_logps or default_cache_dir(fingerprint)
+            self._ref_cache = ReferenceCache(folder, fingerprint, about=about(self._reference.runs))
+            if self.train_dataset is not None:
+                self.train_dataset = self._with_reference(self.train_dataset)
+            if isinstance(self.eval_dataset, Mapping):
+                self.eval_dataset = {name: self._with_reference(part) for name, part in self.eval_dataset.items()}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._with_reference(self.eval_dataset)
+            return
+        if self._reference.kind != "explicit" and all(has_reference(dataset) for _, dataset in self._named_datasets()):
+            return
+        self._reference.keep(self.args.device)
+        if self.args.sync_ref_model:
+            self._reference.check_can_move()
+
+    def _check_reference_can_move(self) -> None:
+        if hasattr(self.model, "peft_config"):
+            raise ValueError(
+                "sync_ref_model=True mixes whole weights, and of a model with adapters only these move; leave it off, "
+                "or train without PEFT."
+            )
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "sync_ref_model=True is not supported under DeepSpeed, which shards weights; use FSDP or DDP."
+            )
+        if any(has_reference(dataset) for _, dataset in self._named_datasets()):
+            raise ValueError(
+                "sync_ref_model=True moves the reference, and the rows carry its sums; drop those columns."
+            )
+
+    def _check_reference_is_left(self) -> None:
+        """For a data set that comes later, and whose reference log-probs are not there."""
+        if self._reference.kind == "explicit":
+            return
+        if self._ref_cache is None and not self._reference.lasts:
+            raise ValueError(
+                f"this evaluation set has no {' and '.join(REFERENCES[self._losses.data])}, as the other data sets do, "
+                "and there is no other reference; add the columns, or pass ref_model to the constructor."
+            )
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self._ref_cache is not None and self.state.global_step and (sharded or not self._reference.lasts):
+            raise ValueError(
+                "the reference of this new evaluation set cannot be computed any more: with "
+                "precompute_ref_log_probs=True and no ref_model, it was the policy before training; "
+                "pass the set to the constructor."
+            )
+
+    def _named_datasets(self) -> list[tuple[str, Any]]:
+        evals = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
+        return [(name, part) for name, part in {"train": self.train_dataset, **evals}.items() if part is not None]
+
+    def _with_reference(self, dataset: Any) -> Any:
+        if has_reference(dataset):
+            return dataset
+        assert self._ref_cache is not None
+        with self._reference.running():
+            return with_reference(
+                dataset,
+                self._ref_cache,
+                self._reference.runs,
+                self.args,
+                self._patient_counts,
+                lent=functools.partial(_lent, self._reference.runs, self.args.device),
+                ld_alpha=self._losses.ld_alpha,
+                packing=self.packing,
+                attention_backend=self.args.attention_backend,
+                autocast_dtype=self._autocast_dtype,
+            )
+
+    def _online_reference(self, batch: PreferenceBatch) -> Tensor:
+        reference = self._reference.runs
+        with evaluating(reference), torch.no_grad(), self._reference.running(), self.accelerator.autocast():
+            return sequence_logps(
+                reference, batch, attention_backend=self.args.attention_backend, ld_alpha=self._losses.ld_alpha
+            )
+
+    # The loss
+
+
+@contextmanager
+def _lent(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on `device` within it, and then where it was: no memory is held for what is done ahead."""
+    home = next(model.parameters()).device
+    if home == device:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
