@@ -597,6 +597,8 @@ def test_files(runs, options):
         trainer.save_model()
         found.append(files_of(trainer.args.output_dir))
     ours, theirs = found
+    # TRL also saves the frozen copy of an adapter, in ref/: half of a checkpoint, which the constructor makes anew.
+    theirs = {name for name in theirs if "ref" not in name.split("/")[:-1]}
     assert not theirs - ours
     assert {"README.md", "checkpoint-2/trainer_state.json", "checkpoint-4/optimizer.pt"} <= theirs
     assert not {name for name in ours - theirs if "fastdpo_state.json" not in name and "reference.safe" not in name}
