@@ -89,9 +89,14 @@ def reference(ref_logps: RefLogps, losses: WeightedLosses, like: Tensor) -> Tens
     return ref_logps
 
 
+def known_on_host(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_finite(name: str, values: Tensor) -> None:
     """On a CPU only: a GPU would have to be waited for (there, PreferenceCollator has looked at what rows carry)."""
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
+    if not known_on_host(values):
         return
     bad = (~values.isfinite()).nonzero()
     if len(bad):
@@ -111,8 +116,7 @@ def check_vector(name: str, values: Tensor | None, count: int, like: Tensor, wha
     if values.device != like.device:
         raise ValueError(f"{name} is on {values.device} and the log-probs on {like.device}; move {name} there.")
     check_finite(name, values)
-    looked_at = values.device.type == "cpu" and not torch.compiler.is_compiling()
-    if name == "pair_weights" and looked_at and bool((values < 0).any()):
+    if name == "pair_weights" and known_on_host(values) and bool((values < 0).any()):
         raise ValueError(f"pair_weights has {values.min().item()}; a weight must not be below 0.")
     return values.detach().to(like.dtype)
 
@@ -148,5 +152,5 @@ def kl_estimate(kl: Tensor | float, like: Tensor) -> Tensor:
 def check_lengths(name: str, lengths: Tensor) -> None:
     """Completion tokens: numbers from 0 (looked at on a CPU only)."""
     check_finite(name, lengths)
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths < 0).any()):
+    if known_on_host(lengths) and bool((lengths < 0).any()):
         raise ValueError(f"{name} has {lengths.min().item()}; an answer has 0 tokens or more.")

@@ -43,13 +43,11 @@ class Pairs(Groups):
         return (2 * self._slots,) * self.count
 
     def slot_ids(self, sequence_ids: Tensor, counted: Tensor) -> Tensor:
-        pair_ids = self.group_ids(sequence_ids)
-        slots = 2 * pair_ids + (sequence_ids >= self.count)
+        slots = 2 * self.group_ids(sequence_ids) + (sequence_ids >= self.count)
         if self.losses.ld_alpha is None:
             return slots
         assert self.lengths is not None  # there wherever there are tokens
-        shared = self.lengths.view(2, -1).min(dim=0).values
-        return 2 * slots + (places_in_sequence(sequence_ids, counted, 2 * self.count) >= shared[pair_ids])
+        return 2 * slots + beyond_shorter(sequence_ids, counted, self.lengths)
 
     def group_ids(self, sequence_ids: Tensor) -> Tensor:
         return sequence_ids.remainder(self.count)
@@ -113,6 +111,13 @@ def places_in_sequence(sequence_ids: Tensor, counted: Tensor, num_sequences: int
     return torch.empty_like(places).index_copy_(0, order, places)
 
 
+def beyond_shorter(sequence_ids: Tensor, counted: Tensor, lengths: Tensor) -> Tensor:
+    """(N,) bool: the tokens of pairs that the shorter answer of the pair, `lengths` (2B,), has none for."""
+    shared = lengths.view(2, -1).min(dim=0).values
+    places = places_in_sequence(sequence_ids, counted, len(lengths))
+    return places >= shared[sequence_ids.remainder(len(shared))]
+
+
 def length_desensitized(logps: Tensor, sequence_ids: Tensor, num_sequences: int, alpha: float) -> Tensor:
     """(S,) sums of pairs' log-probs (N,), tokens beyond the length of the pair's shorter answer times `alpha` (LD-DPO).
 
@@ -121,7 +126,6 @@ def length_desensitized(logps: Tensor, sequence_ids: Tensor, num_sequences: int,
     counted = torch.ones_like(sequence_ids, dtype=torch.bool)
     lengths = torch.zeros(num_sequences, dtype=torch.long, device=logps.device)
     lengths.index_add_(0, sequence_ids, torch.ones_like(sequence_ids))
-    shared = lengths.view(2, -1).min(dim=0).values
-    tail = places_in_sequence(sequence_ids, counted, num_sequences) >= shared[sequence_ids % (num_sequences // 2)]
+    tail = beyond_shorter(sequence_ids, counted, lengths)
     parts = logps.new_zeros(2 * num_sequences).index_add(0, 2 * sequence_ids + tail, logps).view(-1, 2)
     return parts[:, 0] + alpha * parts[:, 1]

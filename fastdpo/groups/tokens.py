@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdpo.groups.answers import mismatched_kl
 from fastdpo.groups.base import GroupInputs, Groups
+from fastdpo.groups.checks import known_on_host
 from fastdpo.losses import WeightedLosses
 from fastdpo.types import LossOutput, TokenMetrics, TokenStats
 
@@ -73,11 +74,6 @@ def packed_sequences(
             what = f"{count // 2} pairs" if losses.data == "pairs" else f"{count} sequences"
             raise ValueError(f"sequence_ids lie in [{low}, {high}]; {what} need ids in [0, {count}).")
     return count
-
-
-def known_on_host(tensor: Tensor) -> bool:
-    """Whether its values can be looked at without waiting for a device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_count(num_sequences: int, losses: WeightedLosses) -> None:
