@@ -4,7 +4,7 @@ config.py          options that all share; DPOConfig
 engine.py          PreferenceTrainer: what happens to a batch, from the collator to the loss
 surviving.py       beneath it: steps, signals, logs, checkpoints; run_state.py and watch.py are its parts
 referenced.py      beneath it: the reference; kept_reference.py and reference.py are its parts
-dpo.py kto.py orpo.py cpo.py reward.py     the names
+dpo.py kto.py orpo.py cpo.py reward.py     the names; constructors.py what TRL's constructors take
 policy.py          the model: loading, adapters, tokenizer
 dataset.py reward_data.py order.py sampling.py     rows: tokenized, checked, in what order
 passes.py          a step in forward passes of bounded size

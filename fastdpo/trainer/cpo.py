@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.trainer.config import ReferenceFreeConfig, option
-from fastdpo.trainer.reference_free import ReferenceFreeTrainer
+from fastdpo.trainer.constructors import ReferenceFreeTrainer
 from fastdpo.types import LossOutput
 
 _LOSSES = ("sigmoid", "simpo", "hinge", "ipo")

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fastdpo.data.validate import MISMATCHED, SIDES, implicit_prompt_length
 from fastdpo.trainer.config import ReferenceConfig, option
+from fastdpo.trainer.constructors import ReferenceTrainer
 from fastdpo.trainer.dataset import columns_of
-from fastdpo.trainer.engine import PreferenceTrainer
-from fastdpo.trainer.names import default_output_dir, named_tokenizer
 from fastdpo.types import DataError, LossOutput
 
 _CHUNK = 1000  # rows of pairs that are parted at a time: first all chosen answers, then all rejected ones
@@ -49,7 +48,7 @@ class KTOConfig(ReferenceConfig):
         super()._check()
 
 
-class KTOTrainer(PreferenceTrainer):
+class KTOTrainer(ReferenceTrainer):
     """Trains on single answers; the constructor is that of TRL's KTOTrainer.
 
     Rows have `prompt`, `completion` and `label` (True: desirable); rows of pairs are parted into two. The KL estimate
@@ -59,38 +58,7 @@ class KTOTrainer(PreferenceTrainer):
 
     args: KTOConfig
     _tags: ClassVar[list[str]] = ["fastdpo", "kto"]
-
-    def __init__(
-        self,
-        model: Any,
-        ref_model: Any = None,
-        args: KTOConfig | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        compute_metrics: Any = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        *,
-        tokenizer: Any = None,
-    ) -> None:
-        super().__init__(
-            model,
-            KTOConfig(output_dir=default_output_dir(model, "KTO")) if args is None else args,
-            ref_model=ref_model,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=named_tokenizer(processing_class, tokenizer),
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+    _config, _method = KTOConfig, "KTO"
 
     def _metrics_of(self, output: LossOutput) -> dict[str, Tensor]:
         return {"kl": torch.zeros_like(output.loss), **super()._metrics_of(output)}

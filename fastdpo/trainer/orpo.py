@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fastdpo.trainer.config import ReferenceFreeConfig, option
-from fastdpo.trainer.reference_free import ReferenceFreeTrainer
+from fastdpo.trainer.constructors import ReferenceFreeTrainer
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What trainers of pairs without a reference share: the constructor of TRL's."""
+"""The constructors of TRL's trainers, with a reference and without; `_config` and `_method` are a trainer's own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,45 @@ from typing import Any, ClassVar
 from fastdpo.trainer.config import PreferenceConfig
 from fastdpo.trainer.engine import PreferenceTrainer
 from fastdpo.trainer.names import default_output_dir, named_tokenizer
+
+
+class ReferenceTrainer(PreferenceTrainer):
+    """Trainers with a reference; `tokenizer` is the older name of `processing_class`."""
+
+    _config: ClassVar[type[PreferenceConfig]]
+    _method: ClassVar[str]
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__(
+            model,
+            self._config(output_dir=default_output_dir(model, self._method)) if args is None else args,
+            ref_model=ref_model,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=named_tokenizer(processing_class, tokenizer),
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
 
 
 class ReferenceFreeTrainer(PreferenceTrainer):
