@@ -23,10 +23,9 @@ from fastdpo.packing.groups import (
     references,
     weights,
 )
-from fastdpo.packing.layout import pack
-from fastdpo.packing.microbatch import Cost, MicroBatches, even_cuts, fewest, packed_cost, padded_cost
+from fastdpo.packing.layout import as_arrays, pack
+from fastdpo.packing.microbatch import Cost, MicroBatches, even_cuts, fewest_cuts, packed_cost, padded_cost
 from fastdpo.packing.padding import pad
-from fastdpo.packing.tree import pays
 
 PACKINGS = ("prefix", "varlen", "padded")
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -92,17 +91,18 @@ class PreferenceCollator:
 
     def microbatches(self, rows: Sequence[Mapping[str, Any]], count: int | None = None) -> MicroBatches:
         """The rows in `count` micro-batches of about the same number of tokens; default: as few as the budget lets."""
-        cost = self._cost([self.sequences(row) for row in rows])
+        if not rows:
+            raise ValueError("the batch holds no row; leave empty batches out.")
+        grouping = self._grouping(rows)
+        budget, cost = self.max_tokens_per_microbatch, self._cost(grouping)
         if count is None:
-            count = 1 if self.max_tokens_per_microbatch is None else fewest(
-                len(rows), self.max_tokens_per_microbatch, cost
-            )  # fmt: skip
-        if rows and count > 1 and kind_of_rows(rows) == "answers" and self.mismatched:
+            count = 1 if budget is None else len(fewest_cuts(len(rows), budget, cost))
+        if grouping.mismatched and count > 1:
             raise ValueError(
                 "a batch of single answers cannot be cut into micro-batches: its KL estimate is one of the whole "
                 "batch; set max_tokens_per_microbatch=None, or mismatched=False for a loss without the estimate."
             )
-        cuts = even_cuts(len(rows), count, cost) if rows else [(0, 0)]
+        cuts = even_cuts(len(rows), count, cost, budget)
         parts = tuple(self.batch(rows[first:end]) for first, end in cuts)
         batches = MicroBatches(parts, rows, self, count)
         if batches.chosen_tokens is not None:
@@ -113,16 +113,10 @@ class PreferenceCollator:
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         if not rows:
             raise ValueError("the batch holds no row; leave empty batches out.")
-        data = kind_of_rows(rows)
-        groups = tuple(self._group(row, number) for number, row in enumerate(rows))
+        grouping = self._grouping(rows)
+        data, groups = grouping.data, grouping.groups
         if not any(len(prompt) + len(answer) for group in groups for prompt, answer in group):
             raise ValueError("the batch holds no token: prompts and answers are empty; leave such rows out.")
-        if data == "answers" and self.mismatched:
-            others = mismatched_completions(rows)
-            pairs = zip(rows, others, strict=True)
-            grouping = Grouping(data, groups, tuple(self._cut(row["prompt_ids"], other) for row, other in pairs))
-        else:
-            grouping = Grouping(data, groups)
         if self.scores and data != "pairs":
             raise ValueError(f"scores=True is for a reward model's pairs, and the batch holds {data}.")
         batch = self._padded(grouping) if self.packing == "padded" else self._packed(grouping)
@@ -155,6 +149,14 @@ class PreferenceCollator:
         kind_of_rows([row])
         return tuple(self._cut(row["prompt_ids"], completion) for completion in completions_of(row))
 
+    def _grouping(self, rows: Sequence[Mapping[str, Any]]) -> Grouping:
+        data = kind_of_rows(rows)
+        groups = tuple(self._group(row, number) for number, row in enumerate(rows))
+        if data != "answers" or not self.mismatched:
+            return Grouping(data, groups)
+        pairs = zip(rows, mismatched_completions(rows), strict=True)
+        return Grouping(data, groups, tuple(self._cut(row["prompt_ids"], other) for row, other in pairs))
+
     def _group(self, row: Mapping[str, Any], number: int) -> tuple[PromptCompletion, ...]:
         """`sequences` in the order of a batch: those of a ranked list from best to worst."""
         sequences, data = self.sequences(row), data_of(row)
@@ -175,27 +177,16 @@ class PreferenceCollator:
         dropped = length - self.max_length
         return prompt[dropped:], completion[max(0, dropped - len(prompt)) :]
 
-    def _cost(self, groups: Sequence[Sequence[PromptCompletion]]) -> Cost:
-        """Tokens that a run of these groups takes in a pass: exact, but for beginnings shared beyond whole prompts."""
-        lengths = [[len(prompt) + len(completion) for prompt, completion in group] for group in groups]
+    def _cost(self, grouping: Grouping) -> Cost:
+        """Of runs of rows; with mismatched completions, which depend on the run, only that of all rows is right."""
+        rows = [list(group) for group in grouping.groups]
+        for row, sequence in zip(rows, grouping.mismatched, strict=False):
+            row.append(sequence)
         if self.packing == "padded":
-            return padded_cost([max(own) for own in lengths], list(map(len, groups)), self.pad_to_multiple_of)
-        if self.packing == "varlen":
-            return packed_cost([sum(own) for own in lengths], [0] * len(groups))
-        prompts = [group[0][0] if len({len(prompt) for prompt, _ in group}) == 1 else [] for group in groups]
-        sizes = [
-            sum(own) - self._saved(prompt, len(own) - 1, sum(own)) for own, prompt in zip(lengths, prompts, strict=True)
-        ]
-        again = [
-            self._saved(prompt, 1, sum(own)) if before is not None and list(before) == list(prompt) else 0
-            for own, before, prompt in zip(lengths, [None, *prompts], prompts, strict=False)
-        ]
-        return packed_cost(sizes, again)
-
-    @staticmethod
-    def _saved(prompt: Sequence[int], times: int, gathered: int) -> int:
-        """Tokens of a prompt that need not be run again, where sharing them pays (`fastdpo.packing.tree`)."""
-        return len(prompt) * times if pays(len(prompt) * times, gathered) else 0
+            widths = [max(len(prompt) + len(completion) for prompt, completion in row) for row in rows]
+            return padded_cost(widths, list(map(len, rows)), self.pad_to_multiple_of)
+        ids = iter(as_arrays([sequence for row in rows for sequence in row])[0])
+        return packed_cost([[next(ids) for _ in row] for row in rows], share=self.packing == "prefix")
 
     def _packed(self, grouping: Grouping) -> PreferenceBatch:
         packed = pack(grouping.sequences, share=self.packing == "prefix")

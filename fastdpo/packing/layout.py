@@ -91,7 +91,7 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: bool =
     behind it, that pays (`fastdpo.packing.tree`). A completion behind an empty prompt has no target for its first
     token: nothing predicts it.
     """
-    ids, prompt_lengths = _as_arrays(sequences)
+    ids, prompt_lengths = as_arrays(sequences)
     tree = build_tree(ids, share)
     input_ids = _joined([ids[node.sequence][node.begin : node.end] for node in tree.nodes])
     layout = _layout(tree, len(input_ids))
@@ -178,7 +178,7 @@ def _leaf_after(nodes: list[Node], node: Node, num_leaves: int) -> int:
     return nodes[node.subtree_end].first_leaf if node.subtree_end < len(nodes) else num_leaves
 
 
-def _as_arrays(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[list[np.ndarray], list[int]]:
+def as_arrays(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[list[np.ndarray], list[int]]:
     """Token ids of every sequence, and how many of them are prompt. A list that comes twice is read once."""
     known: dict[int, np.ndarray] = {}
 

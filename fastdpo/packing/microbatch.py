@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from fastdpo.packing.batch import PreferenceBatch
+from fastdpo.packing.tree import SortedSequences
 
 if TYPE_CHECKING:
     from fastdpo.packing.collator import PreferenceCollator
 
-Cost = Callable[[int, int], int]  # tokens that the pairs [first, end) of a batch take in one forward pass
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens that the rows [first, end) of a batch take in one forward pass.
+
+    tokens  exactly
+    fewest  at least so many; unlike `tokens`, never less for rows [first, end + 1)
+    """
+
+    tokens: Callable[[int, int], int]
+    fewest: Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -61,56 +74,76 @@ class MicroBatches:
         return self if count == self.passes else self.collator.microbatches(self.rows, count)
 
 
-def fewest(num_pairs: int, budget: int, cost: Cost) -> int:
-    """Into how many runs of neighbours the pairs must be cut, so that none takes more than `budget` tokens."""
-    return len(_fill(num_pairs, budget, cost))
+def fewest_cuts(num_rows: int, budget: int, cost: Cost) -> list[tuple[int, int]]:
+    """[first, end) of runs of neighbours that take at most `budget` tokens each; of one row where that takes more.
+
+    Rows that fit together are one run. Otherwise each run takes as many rows as fit, the first run first.
+    """
+    runs, first = [], 0
+    while first < num_rows:
+        end = first + 1
+        # Beginnings are shared where that pays, and one row more may be what makes it pay: a longer run can fit
+        # where a shorter one does not.
+        for longer in range(first + 2, num_rows + 1):
+            if cost.fewest(first, longer) > budget:
+                break
+            if cost.tokens(first, longer) <= budget:
+                end = longer
+        runs.append((first, end))
+        first = end
+    return runs
 
 
-def even_cuts(num_pairs: int, count: int, cost: Cost) -> list[tuple[int, int]]:
-    """[first, end) of `count` runs of neighbours that take about the same number of tokens."""
-    count = min(count, num_pairs)
-    low, high = 1, cost(0, num_pairs)
-    while low < high:
+def even_cuts(num_rows: int, count: int, cost: Cost, budget: int | None = None) -> list[tuple[int, int]]:
+    """[first, end) of `count` runs of neighbours that take about the same number of tokens.
+
+    Where `count` runs can keep to `budget` tokens by `fewest_cuts`, they do, but for runs of one row.
+    """
+    count = min(count, num_rows)
+    if count == 1:
+        return [(0, num_rows)]
+    low, high = 1, cost.tokens(0, num_rows)
+    runs = [(0, num_rows)]
+    if budget is not None and budget < high and len(kept := fewest_cuts(num_rows, budget, cost)) <= count:
+        high, runs = budget, kept
+    while low < high:  # `runs` are those of `high`
         middle = (low + high) // 2
-        if len(_fill(num_pairs, middle, cost)) <= count:
-            high = middle
+        smaller = fewest_cuts(num_rows, middle, cost)
+        if len(smaller) <= count:
+            high, runs = middle, smaller
         else:
             low = middle + 1
-    runs = _fill(num_pairs, low, cost)
-    while len(runs) < count:  # then one with several pairs can be cut anywhere
-        largest = max((run for run in runs if run[1] - run[0] > 1), key=lambda run: cost(*run))
+    while len(runs) < count:  # then one with several rows can be cut anywhere
+        largest = max((run for run in runs if run[1] - run[0] > 1), key=lambda run: cost.tokens(*run))
         place, (first, end) = runs.index(largest), largest
-        middle = min(range(first + 1, end), key=lambda cut: max(cost(first, cut), cost(cut, end)))
+        middle = min(range(first + 1, end), key=lambda cut: max(cost.tokens(first, cut), cost.tokens(cut, end)))
         runs[place : place + 1] = [(first, middle), (middle, end)]
     return runs
 
 
-def _fill(num_pairs: int, budget: int, cost: Cost) -> list[tuple[int, int]]:
-    """Each run takes as many pairs as fit, and one at least."""
-    runs, first = [], 0
-    for end in range(1, num_pairs + 1):
-        if end == num_pairs or cost(first, end + 1) > budget:
-            runs.append((first, end))
-            first = end
-    return runs
+def packed_cost(sequences: Sequence[Sequence[np.ndarray]], share: bool) -> Cost:
+    """Of rows of so many sequences of token ids (1-D int64) each, packed into one."""
+    starts = [0, *accumulate(map(len, sequences))]  # the number of each row's first sequence
+    if not share:
+        total = [0, *accumulate(sum(map(len, row)) for row in sequences)]
+        return _monotone(lambda first, end: total[end] - total[first])
+    ordered = SortedSequences([sequence for row in sequences for sequence in row])
+    return Cost(
+        tokens=cache(lambda first, end: ordered.num_tokens(starts[first], starts[end])),
+        fewest=cache(lambda first, end: ordered.fewest_tokens(starts[first], starts[end])),
+    )
 
 
-def packed_cost(sizes: Sequence[int], shared: Sequence[int]) -> Cost:
-    """`sizes[i]` tokens of pair i, less `shared[i]` of them where pair i - 1 stands in the same run."""
-    total, saved = [0, *accumulate(sizes)], [0, *accumulate(shared)]
+def padded_cost(widths: Sequence[int], sequences: Sequence[int], multiple_of: int | None) -> Cost:
+    """Of rows of so many sequences each, all of a batch padded to the widest."""
+    total = [0, *accumulate(sequences)]
 
-    def cost(first: int, end: int) -> int:
-        return total[end] - total[first] - (saved[end] - saved[first + 1])
-
-    return cost
-
-
-def padded_cost(widths: Sequence[int], rows: Sequence[int], multiple_of: int | None) -> Cost:
-    """`rows[i]` rows of pair i, all of a run as wide as the widest."""
-    total = [0, *accumulate(rows)]
-
-    def cost(first: int, end: int) -> int:
+    def tokens(first: int, end: int) -> int:
         width = max(widths[first:end])
         return (total[end] - total[first]) * (-(-width // multiple_of) * multiple_of if multiple_of else width)
 
-    return cost
+    return _monotone(tokens)
+
+
+def _monotone(tokens: Callable[[int, int], int]) -> Cost:
+    return Cost(tokens, tokens)

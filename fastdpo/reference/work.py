@@ -12,7 +12,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +31,7 @@ from fastdpo.data.validate import (
 from fastdpo.models import PositionLimit
 from fastdpo.packing import PreferenceCollator
 from fastdpo.packing.collator import PromptCompletion
+from fastdpo.packing.tree import SortedSequences, pays
 from fastdpo.reference.fingerprint import sequence_key
 from fastdpo.types import DataError
 
@@ -53,6 +54,11 @@ class Prompt:
     def tokens(self) -> int:
         """Each once."""
         return len(self.ids) + sum(map(len, self.completions.values()))
+
+    @property
+    def sequences(self) -> list[np.ndarray]:
+        """Prompt and completion in one, of each completion."""
+        return [np.concatenate([self.ids, completion]) for completion in self.completions.values()]
 
     def part(self, keys: Iterable[bytes]) -> Prompt:
         return Prompt(self.ids, self.row, {key: self.completions[key] for key in keys})
@@ -284,12 +290,12 @@ def passes(
     taken: list[Prompt] = []
     load = _Load(packing)
     for part in parts:
-        more = load.with_prompt(part)
-        if taken and (more.tokens > budget or len(taken) == batch_size):
+        more = load.with_prompt(part).within(budget, (*taken, part))
+        if taken and (more is None or len(taken) == batch_size):
             yield Pass(tuple(taken))
-            taken, more = [], _Load(packing).with_prompt(part)
+            taken, more = [], None
         taken.append(part)
-        load = more
+        load = more or _Load(packing).with_prompt(part)
     if taken:
         yield Pass(tuple(taken))
 
@@ -299,39 +305,61 @@ def _parts(prompt: Prompt, budget: int, packing: str) -> Iterator[Prompt]:
     keys: list[bytes] = []
     load = _Load(packing)
     for key, completion in sorted(prompt.completions.items(), key=lambda item: (-len(item[1]), item[0])):
-        more = load.with_completion(len(prompt.ids), len(completion), first=not keys)
-        if keys and more.tokens > budget:
+        lengths = len(prompt.ids), len(completion)
+        more = load.with_completion(*lengths, first=not keys).within(budget, [prompt.part([*keys, key])])
+        if keys and more is None:
             yield prompt.part(keys)
-            keys, more = [], _Load(packing).with_completion(len(prompt.ids), len(completion), first=True)
+            keys = []
+        load = more or _Load(packing).with_completion(*lengths, first=True)
         keys.append(key)
-        load = more
     if keys:
         yield prompt.part(keys)
 
 
 @dataclass(frozen=True)
 class _Load:
-    """The tokens that the backbone runs in a pass: a prompt's once with "prefix", else for every completion of it; in
-    "padded" rows, each as long as the longest."""
+    """The tokens that the backbone runs in a pass.
+
+    With "varlen" a prompt counts for every completion of it, in "padded" rows all are as long as the longest. With
+    "prefix" prompts count once, where sharing pays (`fastdpo.packing.tree`): no less than the row holds, and more where
+    prompts or completions begin alike. `within` counts exactly before it says that something does not fit.
+    """
 
     packing: str
-    packed: int = 0
+    shared: int = 0
+    unshared: int = 0
     rows: int = 0
     longest: int = 0
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.longest if self.packing == "padded" else self.packed
+        if self.packing == "padded":
+            return self.rows * self.longest
+        shares = self.packing == "prefix" and pays(self.unshared - self.shared, self.unshared)
+        return self.shared if shares else self.unshared
 
     def with_completion(self, prompt: int, completion: int, first: bool) -> _Load:
-        packed = self.packed + completion + (prompt if first or self.packing != "prefix" else 0)
-        return _Load(self.packing, packed, self.rows + 1, max(self.longest, prompt + completion))
+        return _Load(
+            self.packing,
+            self.shared + completion + (prompt if first else 0),
+            self.unshared + prompt + completion,
+            self.rows + 1,
+            max(self.longest, prompt + completion),
+        )
 
     def with_prompt(self, prompt: Prompt) -> _Load:
         load = self
         for number, completion in enumerate(prompt.completions.values()):
             load = load.with_completion(len(prompt.ids), len(completion), first=number == 0)
         return load
+
+    def within(self, budget: int, prompts: Sequence[Prompt]) -> _Load | None:
+        """This load, which is that of `prompts`, where it keeps to the budget; counted exactly if need be."""
+        if self.tokens <= budget or self.packing != "prefix":
+            return self if self.tokens <= budget else None
+        sequences = SortedSequences([ids for prompt in prompts for ids in prompt.sequences])
+        exact = replace(self, shared=sequences.fewest_tokens(), unshared=sequences.unshared_tokens())
+        return exact if exact.tokens <= budget else None
 
 
 def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:

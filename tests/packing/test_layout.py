@@ -100,16 +100,15 @@ def test_what_is_shared_is_what_pays(sequences, worth):
         parent: [sequences[tree.nodes[child].sequence][tree.nodes[child].begin] for child in below]
         for parent, below in children.items()
     }
-    if worth == 10**6:
+    everything = {tuple(sequence[:n]) for sequence in sequences for n in range(1, len(sequence) + 1)}
+    maximal = [s for s in everything if not any(s == other[: len(s)] for other in everything - {s})]
+    unshared = sum(map(len, maximal))  # a sequence that another begins with lies within it
+    pays = (unshared - len(everything)) * worth >= unshared
+    assert sum(node.length for node in tree.nodes) == (len(everything) if pays else unshared)
+    if pays:
         assert all(len(set(tokens)) == len(tokens) for tokens in first_tokens.values())
-        prefixes = {tuple(sequence[:n]) for sequence in sequences for n in range(1, len(sequence) + 1)}
-        assert sum(node.length for node in tree.nodes) == len(prefixes)
-    if worth == 0:
+    else:
         assert all(len(below) == 1 for parent, below in children.items() if parent != -1)
-    for number, node in enumerate(tree.nodes):
-        branches = len(children.get(number, ()))
-        gathered = sum(tree.nodes[path[-1]].end for path in tree.paths if number in path)
-        assert branches < 2 or (branches - 1) * node.length * worth >= gathered
 
 
 def test_the_price_of_sharing():
@@ -121,6 +120,26 @@ def test_the_price_of_sharing():
     n = 10
     assert n * KEYS_PER_TOKEN == 2 * (n + 150)  # the border, still shared
     assert rows(n, 150) == n + 300 and rows(n, 151) == 2 * n + 302
+
+
+def conversation(turns, tokens=15):
+    """A pair at each turn, whose prompt is all that was said before it."""
+    said, pairs = [], []
+    for turn in range(turns):
+        said = [*said, *(1000 * turn + i for i in range(tokens))]
+        chosen = [1000 * turn + 500 + i for i in range(tokens)]
+        pairs += [(said, chosen), (said, [7, *chosen])]
+        said = [*said, *chosen]
+    return pairs
+
+
+@pytest.mark.parametrize("turns", [2, 12, 24])
+def test_turns_of_a_conversation_stand_once(turns):
+    """Prompts that lie within one another: every token once, however deep; the keys are gathered for all anyway."""
+    pairs = conversation(turns)
+    distinct = {tuple([*prompt, *answer][:n]) for prompt, answer in pairs for n in range(1, len(prompt + answer) + 1)}
+    row = pack(pairs)
+    assert row.input_ids.shape[1] == len(distinct) == turns * (15 + 15 + 16)
 
 
 def test_several_depths():
