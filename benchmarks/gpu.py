@@ -37,9 +37,9 @@ def parts(kind: str, results: str) -> dict[str, tuple[list[str], int]]:
     if kind == "test":
         return {
             "kernels": ([*pytest, "tests/kernels"], 220),
-            "ops": ([*pytest, "tests/ops", "tests/test_functional.py"], 160),
+            "ops": ([*pytest, "tests/ops", "tests/functional/test_functional.py"], 160),
             "attention and models": (
-                [*pytest, "tests/attention", "tests/test_models.py", "tests/reference/test_fill.py"],
+                [*pytest, "tests/attention", "tests/models/test_models.py", "tests/reference/test_fill.py"],
                 125,
             ),
         }

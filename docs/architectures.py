@@ -30,7 +30,7 @@ table: before training it compares your own model, packed, with its own logits, 
 that says why, or, where you asked for one packing, refuses.
 
 `python docs/architectures.py` made this table by the same comparison of tiny random models (`tests/zoo.py`), with
-transformers {version}. For every row `tests/test_zoo.py` holds that log-probs and all gradients equal those of
+transformers {version}. For every row `tests/models/test_zoo.py` holds that log-probs and all gradients equal those of
 separate, unpadded sequences, to 1e-12 in float64. Where rotary frequencies follow the longest sequence of a batch
 (`dynamic`, `longrope`), that holds up to the length from which they do, and longer sequences are refused.
 

@@ -236,7 +236,7 @@ def sharded_pass(shards: int, model: Model = M, cluster: Cluster = C) -> Pass:
 
 # The reference
 
-ROW_BYTES, SUM_ROW_BYTES, INDEX_BYTES, INDEX_PEAK = 33, 28, 36, 141  # tests/test_scaling_doc.py holds them
+ROW_BYTES, SUM_ROW_BYTES, INDEX_BYTES, INDEX_PEAK = 33, 28, 36, 141  # tests/docs/test_scaling_page.py holds them
 PASS_TOKENS, SHARD_PASSES, SHARD_SECONDS, WINDOW_ROWS = 32768, 16, 60.0, 16384  # of fastdpo.reference
 
 

@@ -1,7 +1,7 @@
 """Counted work of a training step, or a forward pass: the FLOPs of its matrix products, from lengths and config.
 
 By formula and not by `torch.utils.flop_counter`, which sees neither what runs inside other people's kernels nor which
-keys a causal kernel leaves out; `tests/test_train_step.py` compares the two where it sees everything.
+keys a causal kernel leaves out; `tests/benchmarks/test_train_step.py` compares the two where it sees everything.
 """
 
 from __future__ import annotations

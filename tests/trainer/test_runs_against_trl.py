@@ -109,7 +109,7 @@ def test_every_loss(runs, name, label_smoothing):
     ids=lambda value: value if isinstance(value, str) else value.get("f_divergence_type", ""),
 )
 def test_divergences(runs, name, options, bounds):
-    """Without rewards: TRL logs those of reverse_kl whatever the divergence (tests/test_against_trl.py)."""
+    """Without rewards: TRL logs those of reverse_kl whatever the divergence (tests/functional/test_against_trl.py)."""
     smoothing = 0.1 if name == "exo_pair" else 0.0
     compare(runs, loss_type=[name], label_smoothing=smoothing, leave_out=REWARDS, **bounds, **options)
 

@@ -1,12 +1,11 @@
 """Every architecture of the zoo, packed, against each sequence alone and unpadded."""
 
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from checkout import load
 from tiny import naive_sequence_logps
 
 import fastdpo
@@ -14,8 +13,7 @@ from fastdpo.packing import PreferenceCollator
 from fastdpo.types import UserError
 from fastdpo.verify import verify_packing
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
-import architectures
+architectures = load("docs/architectures.py")
 
 PACKINGS = ("padded", "prefix", "varlen")
 ROWS = zoo.rows()

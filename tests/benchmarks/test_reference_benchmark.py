@@ -12,7 +12,7 @@ from tiny import naive_sequence_logps, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "step"), str(ROOT / "benchmarks" / "reference")]
 
 import gpu  # noqa: E402

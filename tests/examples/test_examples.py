@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_model, word_tokenizer, write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(path):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fastdpo.models import causal_lm, target_hidden_states
 from fastdpo.packing import PreferenceCollator
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "step"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "step"))
 
 from workloads import MODELS, hh_lengths
 

@@ -1,13 +1,12 @@
 """docs/scaling.md shows what its formulas give, and the formulas what the code does."""
 
 import io
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkout import load
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -18,10 +17,8 @@ from fastdpo.reference.shard import group_tokens, row_sums, write_shard
 from fastdpo.reference.work import WINDOW_ROWS
 from fastdpo.trainer.metrics import StepFlops
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
-
-import scaling
-from scaling import M, Model, Pair
+scaling = load("docs/scaling.py")
+M, Model, Pair = scaling.M, scaling.Model, scaling.Pair
 
 
 def test_the_page_is_up_to_date(monkeypatch, capsys):

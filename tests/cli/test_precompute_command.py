@@ -18,7 +18,7 @@ from fastdpo.cli import main
 from fastdpo.data import tokenize_row
 from fastdpo.reference import ReferenceCache, precompute, reference_columns
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 

@@ -15,7 +15,7 @@ import fastdpo
 from fastdpo.packing import PreferenceCollator
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = HERE.parents[1]
 
 
 def rows_with_refs(count=4, seed=1):

@@ -11,7 +11,7 @@ from tiny import text_rows, tiny_model, word_tokenizer, write_rows
 
 from fastdpo.cli import main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"prompt": "a b", "chosen": " yes a", "rejected": " no"}
 
 

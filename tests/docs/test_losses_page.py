@@ -1,11 +1,10 @@
 """What the documentation of the losses says is what the registry holds, and its code runs."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from checkout import load
 
 import fastdpo
 from fastdpo.losses import REGISTRY
@@ -13,11 +12,7 @@ from fastdpo.losses import REGISTRY
 
 @pytest.fixture
 def losses_page():
-    path = Path(__file__).resolve().parent.parent / "docs" / "losses.py"
-    spec = importlib.util.spec_from_file_location("losses_page", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("docs/losses.py")
 
 
 def test_the_table_of_losses_is_that_of_the_registry(losses_page, monkeypatch, capsys):

@@ -1,0 +1,129 @@
+"""Programs and processes that tests start: waited for until they end, and shown with all they printed if they fail.
+
+Nothing here asserts on time. `PATIENCE` only ends a process that hangs, and is long enough for a loaded machine.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from checkout import IMPORT_PATH, ROOT
+
+PATIENCE = 900  # seconds
+
+
+def environment(**more):
+    """Of a program that imports this checkout, one thread to a process; `more` is added, without what is None."""
+    paths = os.pathsep.join(filter(None, (IMPORT_PATH, os.environ.get("PYTHONPATH"))))
+    whole = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
+    return {name: str(value) for name, value in whole.items() if value is not None}
+
+
+def launcher(processes):
+    """Arguments of Python that start so many processes of what follows; torchrun finds a free port itself."""
+    if processes == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+
+def run(*arguments, processes=1, code=0, env=None, cwd=ROOT):
+    """Runs Python with these arguments to its end: what it printed, as subprocess.run has it.
+
+    processes  how many of it run side by side, under torchrun
+    code       the exit code it must have; None: any
+    env        default: `environment()`
+    """
+    command = [sys.executable, *launcher(processes), *map(str, arguments)]
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment() if env is None else env, text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        end_group(process.pid)
+        out, err = process.communicate()
+        fail(f"{command} had not ended after {PATIENCE} s", {"stdout": out, "stderr": err})
+    if code is not None and process.returncode != code:
+        fail(f"{command} ended with exit code {process.returncode}", {"stdout": out, "stderr": err})
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def end_group(pid):
+    """Kills a process that leads a group, with all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def fail(message, printed):
+    """Fails the test with all that each process or stream has printed."""
+    parts = [f"--- {name}\n{text.rstrip() or '(nothing)'}" for name, text in printed.items()]
+    pytest.fail("\n".join([message, *parts]), pytrace=False)
+
+
+def wait_until(condition, process=None, printed=dict):
+    """Waits for an event that another process brings about, such as a file that it makes.
+
+    process  a Popen or Worker, without which the event will not come
+    printed  called if it does not come: what the processes have printed, by name
+    """
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        ended = process is not None and process.poll() is not None
+        if (ended and not condition()) or time.monotonic() > end:
+            fail("the process has ended without it" if ended else f"nothing in {PATIENCE} s", printed())
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def reserved_port():
+    """A port that no other process is given meanwhile, and that a rendezvous can still listen on."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("localhost", 0))  # bound, not listening: with SO_REUSEADDR another socket may listen there
+        yield held.getsockname()[1]
+
+
+class Worker:
+    """A function that runs in a process of its own, forked from a server that has imported `preload`."""
+
+    def __init__(self, folder, function, *arguments, preload=()):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(preload))
+        self.path = folder / f"printed-{time.monotonic_ns()}.txt"
+        self.process = context.Process(target=_printing_to, args=(self.path, function, arguments))
+        self.process.start()
+
+    def poll(self):
+        """The exit code; None while it runs."""
+        return self.process.exitcode
+
+    def kill(self):
+        self.process.kill()
+
+    def printed(self):
+        return self.path.read_text() if self.path.exists() else ""
+
+    def end(self, *codes):
+        """Waits for its end: the exit code, which must be one of `codes` (default 0; -n where signal n ended it)."""
+        self.process.join(PATIENCE)
+        code = self.process.exitcode
+        if code is None:
+            self.kill()
+            fail(f"a process had not ended after {PATIENCE} s", {"printed": self.printed()})
+        if code not in (codes or (0,)):
+            fail(f"a process ended with exit code {code}", {"printed": self.printed()})
+        return code
+
+
+def _printing_to(path, function, arguments):
+    file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    function(*arguments)
