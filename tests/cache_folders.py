@@ -3,13 +3,12 @@
 import itertools
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 
 import numpy as np
 import pytest
+from processes import run
 from tqdm.auto import tqdm
 
 from fastdpo.reference import prune as prune_module
@@ -86,15 +85,14 @@ def contents(folder):
 
 
 def run_python(script, *arguments):
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert done.returncode == 0
-    return done.stdout
+    return run("-c", textwrap.dedent(script), *arguments).stdout
 
 
-def killed_at(step, work, *arguments):
-    """Works, and kills its process as it is about to flush, name or delete a file for the step-th time."""
+def killed_at(step, work, *arguments, passes=False):
+    """Works, and kills its process as it is about to flush, name or delete a file for the step-th time.
+
+    passes  also as the results of a reference's pass are about to be kept
+    """
     tqdm.set_lock(threading.RLock())  # its own is of all processes, and would be left behind
     steps = itertools.count(1)
 
@@ -108,6 +106,10 @@ def killed_at(step, work, *arguments):
 
     for name in ("fsync", "replace", "link", "unlink"):
         setattr(os, name, deadly(getattr(os, name)))
+    if passes:
+        from fastdpo.reference import fill
+
+        fill._Running = deadly(fill._Running)
     work(*arguments)
 
 

@@ -4,8 +4,11 @@ Nothing here asserts on time. `PATIENCE` only ends a process that hangs, and is 
 """
 
 import contextlib
+import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -90,15 +93,68 @@ def reserved_port():
         yield held.getsockname()[1]
 
 
-class Worker:
-    """A function that runs in a process of its own, forked from a server that has imported `preload`."""
+def run_script(path, *arguments, processes=1, folder, **variables):
+    """Runs a script of tests/ in processes forked from one that has imported everything: no ten seconds to begin.
 
-    def __init__(self, folder, function, *arguments, preload=()):
+    processes  ranks, side by side, which meet at a port of their own
+    folder     where what they print is kept
+    variables  of the environment
+    """
+    words = [str(word) for word in (ROOT / "tests" / path, *arguments)]
+    with ranks_of(processes) as ranks:
+        workers = [Worker(folder, _script, words, {**variables, **rank}) for rank in ranks]
+        end_all(*workers)
+
+
+def run_fastdpo(*words, processes=1, folder, **variables):
+    """`fastdpo` with these words, as `run_script` runs a script: what process 0 printed."""
+    with ranks_of(processes) as ranks:
+        workers = [Worker(folder, _command, list(map(str, words)), {**variables, **rank}) for rank in ranks]
+        end_all(*workers)
+    return workers[0].printed()
+
+
+@contextlib.contextmanager
+def ranks_of(processes):
+    """The environment of each of so many ranks."""
+    if processes == 1:
+        yield [{}]
+        return
+    with reserved_port() as port:
+        world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
+        yield [{**world, "MASTER_PORT": port, "RANK": n, "LOCAL_RANK": n} for n in range(processes)]
+
+
+def _command(words, variables):
+    from fastdpo.cli import main
+
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    sys.exit(main(words))
+
+
+def _script(words, variables):
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+# Imported once, by the process that the others are forked from.
+PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "datasets", "peft", "accelerate.utils",
+           "torch.distributed.fsdp", "fastdpo.trainer.dpo", "fastdpo.reference", "tiny", "cache_folders"]  # fmt: skip
+
+
+class Worker:
+    """A function that runs in a process of its own, with the environment of now."""
+
+    def __init__(self, folder, function, *arguments):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(preload))
-        self.path = folder / f"printed-{time.monotonic_ns()}.txt"
-        self.process = context.Process(target=_printing_to, args=(self.path, function, arguments))
-        self.process.start()
+        context.set_forkserver_preload(PRELOAD)
+        self.path = folder / f"printed-{next(_numbers)}.txt"
+        arguments = (self.path, dict(os.environ), function, arguments)
+        self.process = context.Process(target=_with_output_in, args=arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")  # of the process that is forked from; it starts with the first of them
+            self.process.start()
 
     def poll(self):
         """The exit code; None while it runs."""
@@ -112,18 +168,32 @@ class Worker:
 
     def end(self, *codes):
         """Waits for its end: the exit code, which must be one of `codes` (default 0; -n where signal n ended it)."""
-        self.process.join(PATIENCE)
-        code = self.process.exitcode
-        if code is None:
-            self.kill()
-            fail(f"a process had not ended after {PATIENCE} s", {"printed": self.printed()})
-        if code not in (codes or (0,)):
-            fail(f"a process ended with exit code {code}", {"printed": self.printed()})
-        return code
+        return end_all(self, codes=codes or (0,))[0]
 
 
-def _printing_to(path, function, arguments):
+def end_all(*workers, codes=(0,)):
+    """Waits for their ends: the exit codes. Where one is not among `codes`, the others are killed and all are shown."""
+    end = time.monotonic() + PATIENCE
+    running = list(workers)
+    while running:
+        multiprocessing.connection.wait([each.process.sentinel for each in running], timeout=end - time.monotonic())
+        failed = [each for each in workers if each.poll() not in (None, *codes)]
+        running = [each for each in running if each.poll() is None]
+        if failed or time.monotonic() > end:
+            what = f"with exit code {failed[0].poll()}" if failed else f"not after {PATIENCE} s"
+            for worker in running:
+                worker.kill()
+            fail(f"a process ended {what}", {f"process {n}": each.printed() for n, each in enumerate(workers)})
+    return [each.poll() for each in workers]
+
+
+_numbers = itertools.count()
+
+
+def _with_output_in(path, variables, function, arguments):
     file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
+    os.environ.clear()
+    os.environ.update(variables)
     function(*arguments)

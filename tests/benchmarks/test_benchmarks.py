@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
+import processes
 import pytest
 import torch
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "kernels")]
 
 import cpu_claims  # noqa: E402
@@ -26,11 +24,7 @@ CPU = torch.device("cpu")
 
 def run(*command):
     # Beside other tests two threads would wait for one another; by the worker's mark pytest-benchmark measures nothing.
-    environment = {key: value for key, value in os.environ.items() if key != "PYTEST_XDIST_WORKER"}
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return processes.run(*command, env=processes.environment(PYTEST_XDIST_WORKER=None)).stdout
 
 
 def named(family, *names):

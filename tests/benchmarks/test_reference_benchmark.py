@@ -2,17 +2,16 @@
 
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from checkout import ROOT
+from processes import run
 from tiny import naive_sequence_logps, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "step"), str(ROOT / "benchmarks" / "reference")]
 
 import gpu  # noqa: E402
@@ -182,8 +181,7 @@ def test_driver_runs_scripts_that_exist():
 
 
 def test_gpu_script_runs_at_toy_size(tmp_path):
-    command = [sys.executable, "benchmarks/reference/precompute_gpu.py", "--tiny", "--results", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    run("benchmarks/reference/precompute_gpu.py", "--tiny", "--results", tmp_path)
     (written,) = tmp_path.glob("*/tiny-reference_gpu.json")
     record = json.loads(written.read_text())
     assert record["complete"] and record["problems"] == []
@@ -294,9 +292,8 @@ def test_cpu_script_runs_each_in_a_process_of_its_own(model_folder):
     pytest.importorskip("trl")
     if torch.cuda.is_available():
         pytest.skip("about CPUs")
-    command = [sys.executable, "benchmarks/reference/precompute_cpu.py", "--pairs", "2", "--rounds", "1", "--batches"]
-    done = subprocess.run([*command, "--model", model_folder], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["benchmarks/reference/precompute_cpu.py", "--pairs", "2", "--rounds", "1", "--batches"]
+    done = run(*command, "--model", model_folder)
     assert "speedup" in done.stdout and "written" not in done.stdout
 
 

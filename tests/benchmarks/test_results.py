@@ -1,13 +1,12 @@
 """What becomes of measurements: goals, the GPU driver's summary, and the README's tables."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
+from processes import run
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "kernels")]
 
 import goals  # noqa: E402
@@ -74,7 +73,7 @@ def test_driver_stays_under_nine_minutes():
 
 
 def test_readme_tables_are_those_of_the_result_files():
-    subprocess.run([sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, check=True)
+    run("benchmarks/tables.py", "--check")
 
 
 SOURCE = {"device": "NVIDIA H200", "versions": {"torch": "2.11.0"}, "commit": "abc", "date": "2026-11-21 05:27 UTC"}

@@ -1,13 +1,13 @@
 """fastdpo precompute: alone, in slices, in several processes; one sentence for each mistake."""
 
+import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+import processes
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,10 +16,7 @@ from tiny import naive_sequence_logps, random_rows, text_rows, tiny_model, word_
 
 from fastdpo.cli import main
 from fastdpo.data import tokenize_row
-from fastdpo.reference import ReferenceCache, precompute, reference_columns
-
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+from fastdpo.reference import ReferenceCache, fill, precompute, reference_columns, work
 
 
 @pytest.fixture
@@ -111,43 +108,53 @@ def test_slices_fit_together_whatever_the_number_of_processes(run, tmp_path, mon
 @pytest.mark.slow
 def test_two_processes_give_the_cache_of_one(tmp_path, model_folder):
     rows = write_rows(tmp_path / "pairs.jsonl", random_rows(80, seed=3))
-    command = ["-m", "fastdpo", "precompute", "--model", model_folder, "--dataset", rows, "--output"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | ENVIRONMENT
+    command = ["precompute", "--model", model_folder, "--dataset", rows, "--output"]
     one, two = tmp_path / "one", tmp_path / "two"
-    subprocess.run([sys.executable, *command, str(one)], env=environment, check=True, capture_output=True)
-    done = subprocess.run(
-        [sys.executable, *launcher, *command, str(two)], env=environment, check=True, capture_output=True, text=True
-    )
-    assert done.stdout.count("160: 0 found, 160 computed") == 1  # one summary, of both
+    processes.run_fastdpo(*command, one, folder=tmp_path)
+    said = processes.run_fastdpo(*command, two, folder=tmp_path, processes=2)
+    assert said.count("160: 0 found, 160 computed") == 1  # one summary, of both
     assert_same(contents(one), contents(two))
     assert len(list(two.glob("shard-*"))) == 2
+
+
+def precompute_until_told(folder, command):
+    """`fastdpo precompute` on rows from a pipe; stops after its fifth pass, says so, and waits for a signal."""
+    fill.PASSES_PER_SHARD, work.WINDOW_ROWS = 2, 200
+    sys.stdin = (folder / "pipe").open()
+    passes, add = itertools.count(1), fill._ShardWriter.add
+
+    def adding(*of):
+        add(*of)
+        if next(passes) == 5:
+            (folder / "stopped").touch()
+            signal.pause()
+
+    fill._ShardWriter.add = adding
+    sys.exit(main(["precompute", *command]))
 
 
 @pytest.mark.slow
 def test_a_terminated_run_keeps_what_it_has(tmp_path, model_folder):
     """SIGTERM, as a batch system sends it before it kills; and rows from a pipe, whose number nobody knows."""
-    command = ["-m", "fastdpo", "precompute", "--model", model_folder, "--dataset", "-", "--max_tokens", "40"]
-    process = subprocess.Popen(
-        [sys.executable, *command, "--output", str(tmp_path / "cache")],
-        env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    rows = [row for row in random_rows(18_500, seed=4) if row["chosen_ids"] != row["rejected_ids"]]
-    rows = rows[:16_600]  # more than a window; what is beyond fits into the pipe
-    assert len(rows) == 16_600
-    for row in rows:
-        process.stdin.write(json.dumps(row) + "\n")
-    process.stdin.flush()
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "cache").glob("shard-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.splitlines()[-1] == "fastdpo: interrupted"
+    os.mkfifo(tmp_path / "pipe")
+    command = ["--model", model_folder, "--dataset", "-", "--max_tokens", "40", "--output", str(tmp_path / "cache")]
+    process = processes.Worker(tmp_path, precompute_until_told, tmp_path, command)
+    rows = [row for row in random_rows(260, seed=4) if row["chosen_ids"] != row["rejected_ids"]]
+    assert len(rows) > 220  # more than a window; what is beyond fits into the pipe
+    with open(tmp_path / "pipe", "w") as pipe:
+        for row in rows:
+            pipe.write(json.dumps(row) + "\n")
+        pipe.flush()
+        processes.wait_until((tmp_path / "stopped").exists, process, lambda: {"precompute": process.printed()})
+        os.kill(process.process.pid, signal.SIGTERM)
+        process.end(130)
+    assert process.printed().splitlines()[-1] == "fastdpo: interrupted"
     cache = ReferenceCache(tmp_path / "cache")
-    assert 0 < len(cache) < 30_000
+    assert len(list((tmp_path / "cache").glob("shard-*"))) == 3 and len(cache) > 5  # the last with a single pass
     assert not list((tmp_path / "cache").glob(".*.tmp"))
-    assert len(precompute(tiny_model(), rows[:300], cache, progress=False)) < len(cache) + 601
+    before = len(cache)
+    assert len(precompute(tiny_model(), rows[:100], cache, progress=False)) <= before + 200
+    assert len(cache) > before
 
 
 def test_sums_only_and_columns(run, tmp_path):

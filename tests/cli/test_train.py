@@ -1,17 +1,14 @@
 """The command line: a whole small run, and one sentence for each mistake."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from tiny import text_rows, tiny_model, word_tokenizer, write_rows
 
 from fastdpo.cli import main
 
-ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"prompt": "a b", "chosen": " yes a", "rejected": " no"}
 
 
@@ -175,12 +172,9 @@ def test_chat_rows_without_a_template(run):
 
 
 def test_the_executable_says_one_sentence(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "fastdpo", "train", "--model", "x", "--dataset", "no.jsonl", "--output_dir", "o"],
-        capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stdout == ""
+    words = ["train", "--model", "x", "--dataset", "no.jsonl", "--output_dir", "o"]
+    done = processes.run("-m", "fastdpo", *words, code=2, cwd=tmp_path)
+    assert done.stdout == ""
     assert done.stderr.splitlines() == [
         "fastdpo: no.jsonl: there is no such file; check the path given as the data set."
     ]

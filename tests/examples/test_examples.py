@@ -1,7 +1,6 @@
 """The examples, and the README's code."""
 
 import ast
-import importlib.util
 import json
 import math
 import re
@@ -9,16 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import ROOT, load
 from tiny import tiny_model, word_tokenizer, write_rows
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -3,20 +3,17 @@
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
+from checkout import ROOT
+from processes import environment, launcher, run
 from tiny import text_rows, tiny_model, word_tokenizer, write_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT, CONFIGS = ROOT / "examples" / "dpo_trainer.py", ROOT / "examples" / "accelerate"
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = launcher(2)
 ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0", "--config_file"]
 
 
@@ -30,18 +27,9 @@ def options(folder, output, processes):
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
-def launch(launcher, folder, name):
-    paths = [str(ROOT / part) for part in (".", "kernels")] + [os.environ.get("PYTHONPATH", "")]
-    environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-        "HF_DATASETS_CACHE": str(folder / "datasets"),
-        "DS_ACCELERATOR": "cpu",
-    }
-    subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), *options(folder, folder / name, 2)],
-        env=os.environ | environment, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+def launch(arguments, folder, name):
+    env = environment(HF_DATASETS_CACHE=folder / "datasets", DS_ACCELERATOR="cpu")
+    run(*arguments, SCRIPT, *options(folder, folder / name, 2), env=env)
     return curve(folder / name)
 
 
@@ -85,9 +73,9 @@ def test_one_process_trains_and_goes_on_from_a_whole_checkpoint(folder, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, [*ACCELERATE, str(CONFIGS / "ddp.yaml")]], ids=["torchrun", "ddp"])
-def test_two_processes_give_the_same_curve(folder, alone, launcher):
-    two = launch(launcher, folder, str(len(launcher)))
+@pytest.mark.parametrize("arguments", [TORCHRUN, [*ACCELERATE, str(CONFIGS / "ddp.yaml")]], ids=["torchrun", "ddp"])
+def test_two_processes_give_the_same_curve(folder, alone, arguments):
+    two = launch(arguments, folder, str(len(arguments)))
     for ours, theirs in zip(two, alone, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
 

@@ -1,13 +1,10 @@
 """The kernels compile for NVIDIA and AMD GPUs without spilling registers, and move 128 bits at a time for any V."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import environment, run
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -31,16 +28,9 @@ def split_by_width(counts: dict[str, int]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_no_spills_and_wide_access(gpu, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_ahead.py")
-    run = subprocess.run(
-        [sys.executable, str(script), *["--essential"] * (gpu in ESSENTIAL), gpu],
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    env = environment(TRITON_INTERPRET=None, TRITON_CACHE_DIR=tmp_path)
+    done = run("tests/kernels/compile_ahead.py", *["--essential"] * (gpu in ESSENTIAL), gpu, env=env)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == (7 + 4 if gpu in ESSENTIAL else 42 + 12)
     lanes = 64 if gpu.startswith("gfx") else 32
     for row in rows:

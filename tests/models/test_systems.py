@@ -2,20 +2,14 @@
 
 import contextlib
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 from tiny import random_rows, tiny_model
 
 import fastdpo
 from fastdpo.packing import PreferenceCollator
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 
 
 def rows_with_refs(count=4, seed=1):
@@ -125,11 +119,5 @@ def test_a_copied_model_stays_apart():
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2-lora"])
 def test_a_loop_of_ones_own_on_two_processes(tmp_path, way):
     """batch_loss on a wrapped or sharded model: the gradients of one process with all pairs."""
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(HERE / "systems_run.py"), way],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal") == 2
+    run_script("models/systems_run.py", way, tmp_path, processes=2, folder=tmp_path)
+    assert len(list(tmp_path.glob("equal-*"))) == 2

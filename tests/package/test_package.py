@@ -2,14 +2,12 @@
 
 import ast
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from checkout import ROOT
+from processes import run
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fastdpo"
 
 # Each line may import those above it, and itself.
@@ -34,10 +32,7 @@ LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 
 
 def python(code):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
+    return run("-c", code)
 
 
 def test_import_is_quick_and_light():

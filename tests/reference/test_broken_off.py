@@ -1,116 +1,120 @@
-"""Real processes that fill a cache, killed with SIGKILL or side by side."""
+"""Real processes that fill a cache, killed with SIGKILL at counted events or side by side."""
 
-import multiprocessing
 import random
 import signal
-import time
 
 import numpy as np
 import pytest
 import torch
 from cache_contents import assert_same, contents
+from cache_folders import killed_at
+from processes import Worker, wait_until
 from tiny import random_rows, tiny_model
 
 from fastdpo.reference import ReferenceCache, fill, fill_cache, model_fingerprint
 
-MODULES = ["torch", "transformers.models.llama.modeling_llama", "fastdpo.reference", "tiny"]
-PASSES = 3  # a shard
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Forked from a server that has imported everything, so that a run is under way within moments."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(MODULES)
-    return context
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, processes):
-    """The contents of a run that nobody disturbs, and the seconds it takes."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "c"
-    _, seconds = run(processes, folder)
-    whole = contents(folder)
-    assert len(whole) == 120 and len(list(folder.glob("shard-*"))) > 15
-    return whole, seconds
+PASSES = 2  # a shard
+ROWS, SEQUENCES = 9, 18
 
 
 def rows():
-    return random_rows(60, seed=11, prompt=(5, 30), answer=(10, 40))
+    return random_rows(ROWS, seed=11, prompt=(5, 30), answer=(10, 40))
 
 
-def fill_folder(folder, began, seed):
-    """What a process does. A fixed number of threads, so that sums are rounded alike in each."""
+def fill_folder(folder, seed=0, before_pass=None):
+    """What a process does. A fixed number of threads, so that sums are rounded alike in each.
+
+    before_pass  called before the results of each pass are kept
+    """
     torch.set_num_threads(1)
     fill.PASSES_PER_SHARD = PASSES
+    if before_pass is not None:
+        original = fill._Running
+
+        def counting(*of):
+            before_pass()
+            return original(*of)
+
+        fill._Running = counting
     some = rows()
     random.Random(seed).shuffle(some)
     model = tiny_model()
-    cache = ReferenceCache(folder, model_fingerprint(model))
-    began.set()
-    return fill_cache(model, some, cache, max_tokens=100, progress=False)
+    return fill_cache(model, some, ReferenceCache(folder, model_fingerprint(model)), max_tokens=100, progress=False)
 
 
-def run(processes, folder, kill_after=None, seed=0):
-    """Runs a process to its end or kills it; its exit code, and the seconds from its first row."""
-    began = processes.Event()
-    process = processes.Process(target=fill_folder, args=(folder, began, seed))
-    process.start()
-    assert began.wait(120)
-    start = time.perf_counter()
-    if kill_after is not None:
-        time.sleep(kill_after)
-        process.kill()  # SIGKILL
-    process.join(120)
-    return process.exitcode, time.perf_counter() - start
+def fill_until(step, folder):
+    """Killed at its step-th event, which is a pass, or a file that is about to be flushed, named or deleted."""
+    killed_at(step, fill_folder, folder, passes=True)
+
+
+def fill_until_stopped(folder, seed):
+    """Stops for good at its third pass, and says so."""
+    passes = []
+
+    def stop():
+        passes.append(1)
+        if len(passes) == 3:
+            (folder.parent / "stopped").touch()
+            signal.pause()
+
+    fill_folder(folder, seed, before_pass=stop)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The contents of a run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    Worker(folder, fill_folder, folder / "c").end()
+    whole = contents(folder / "c")
+    assert len(whole) == SEQUENCES and len(list((folder / "c").glob("shard-*"))) > 3
+    return whole
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments(tmp_path, processes, undisturbed):
-    whole, seconds = undisturbed
-    draw = random.Random(0)
-    killed, held_then = 0, []
-    for moment in range(20):
-        folder = tmp_path / str(moment)
-        code, _ = run(processes, folder, kill_after=draw.uniform(0, seconds))
-        killed += code == -signal.SIGKILL
+def test_killed_at_every_event(tmp_path, undisturbed):
+    held_then = []
+    for step in range(1, 1000):
+        folder = tmp_path / str(step)
+        code = Worker(tmp_path, fill_until, step, folder).end(0, -signal.SIGKILL)
         finished = {shard.name: shard.read_bytes() for shard in folder.glob("shard-*.parquet")}
         held = contents(folder) if finished else {}
-        again = fill_folder(folder, processes.Event(), seed=0)
-        assert again.found == len(held) and again.computed == 120 - len(held)
-        assert_same(contents(folder), whole, exactly=True)
+        again = fill_folder(folder)
+        assert again.found == len(held) and again.computed == SEQUENCES - len(held)
+        assert_same(contents(folder), undisturbed, exactly=True)
         for name, data in finished.items():
             assert (folder / name).read_bytes() == data
         assert not list(folder.glob("*.damaged"))
         held_then.append(len(held))
-    assert killed >= 12 and len(set(held_then)) >= 5, held_then  # at different stages of the work
+        if code == 0:
+            break
+    assert held_then == sorted(held_then) and held_then[0] == 0 and held_then[-1] == SEQUENCES
+    assert step > 20 and len(set(held_then)) > 3  # after each shard, and at several events between two of them
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_comes_to_an_end(tmp_path, processes, undisturbed):
-    whole, seconds = undisturbed
-    draw = random.Random(1)
-    for _ in range(6):
-        run(processes, tmp_path / "c", kill_after=draw.uniform(0, seconds / 2))
-    code, _ = run(processes, tmp_path / "c")
-    assert code == 0
-    assert_same(contents(tmp_path / "c"), whole, exactly=True)
+def test_killed_again_and_again_it_comes_to_an_end(tmp_path, undisturbed):
+    """Each run is killed a little after its first shard, and the next goes on from there."""
+    held = []
+    for _ in range(SEQUENCES):
+        code = Worker(tmp_path, fill_until, 8, tmp_path / "c").end(0, -signal.SIGKILL)
+        held.append(len(contents(tmp_path / "c")))
+        if code == 0:
+            break
+    assert code == 0 and len(held) > 3 and held == sorted(held)
+    assert_same(contents(tmp_path / "c"), undisturbed, exactly=True)
 
 
 @pytest.mark.slow
-def test_two_writers_at_once(tmp_path, processes, undisturbed):
-    whole, _ = undisturbed
+def test_two_writers_at_once(tmp_path, undisturbed):
     folder = tmp_path / "c"
-    began = [processes.Event() for _ in range(3)]
-    writers = [processes.Process(target=fill_folder, args=(folder, event, seed)) for seed, event in enumerate(began)]
+    killed = Worker(tmp_path, fill_until_stopped, folder, 2)
+    wait_until((tmp_path / "stopped").exists, killed, lambda: {"killed": killed.printed()})
+    writers = [Worker(tmp_path, fill_folder, folder, seed) for seed in range(2)]
     for writer in writers:
-        writer.start()
-    assert began[2].wait(120)
-    writers[2].kill()
-    for writer in writers:
-        writer.join(120)
-    assert [writer.exitcode for writer in writers] == [0, 0, -signal.SIGKILL]
-    assert_same(contents(folder), whole)
-    keys = np.frombuffer(b"".join(whole), np.uint8).reshape(-1, 16)
+        writer.end()
+    killed.kill()
+    killed.end(-signal.SIGKILL)
+    assert_same(contents(folder), undisturbed)
+    keys = np.frombuffer(b"".join(undisturbed), np.uint8).reshape(-1, 16)
     assert ReferenceCache(folder).lookup(keys)[0].all()
-    assert fill_folder(folder, processes.Event(), seed=5).computed == 0
+    assert fill_folder(folder, seed=5).computed == 0

@@ -4,15 +4,14 @@ import errno
 import fcntl
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from cache_folders import (
     FINGERPRINT,
@@ -24,12 +23,13 @@ from cache_folders import (
     flip_log_prob,
     killed_at,
     prune_into_shards_of_100,
-    run_python,
     shard_of,
     shards_of,
     values,
     write_foreign,
 )
+from counting import calls, memory
+from processes import Worker, wait_until
 
 from fastdpo.reference import ReferenceCache
 from fastdpo.reference import prune as prune_module
@@ -514,15 +514,7 @@ def test_a_disk_too_small_for_both(tmp_path, monkeypatch):
 # kill -9
 
 
-def in_the_background(work, *arguments):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cache_folders", "pyarrow.parquet", "pandas"])
-    process = context.Process(target=work, args=arguments)
-    process.start()
-    return process
-
-
-def run_until_killed(prepare, work, settled):
+def run_until_killed(tmp_path, prepare, work, settled):
     """Kills the work at its first step, its second and so on, until it comes to its end; returns how often.
 
     Args:
@@ -531,11 +523,9 @@ def run_until_killed(prepare, work, settled):
     """
     for step in itertools.count(1):
         arguments = prepare(step)
-        process = in_the_background(killed_at, step, work, *arguments)
-        process.join(60)
-        assert process.exitcode in (0, -signal.SIGKILL)
+        code = Worker(tmp_path, killed_at, step, work, *arguments).end(0, -signal.SIGKILL)
         settled(*arguments)
-        if process.exitcode == 0:
+        if code == 0:
             return step - 1
 
 
@@ -558,7 +548,7 @@ def test_a_merge_that_is_killed_is_finished_by_the_next(tmp_path, kept_tokens):
         assert len(shards_of(target)) == 7 and verify(target).sound
         assert [contents(source) for source in sources] == before
 
-    assert run_until_killed(prepare, merge, settled) >= 18
+    assert run_until_killed(tmp_path, prepare, merge, settled) >= 18
 
 
 @pytest.mark.slow
@@ -570,7 +560,7 @@ def test_a_merge_into_a_new_folder_that_is_killed(tmp_path):
         check(ReferenceCache(target, FINGERPRINT), together(values(20), values(20, 1)))
         assert contents(target).items() >= {shard.name: shard.read_bytes() for shard in shards_of(source)}.items()
 
-    assert run_until_killed(lambda step: (tmp_path / str(step), [source]), merge, settled) >= 9
+    assert run_until_killed(tmp_path, lambda step: (tmp_path / str(step), [source]), merge, settled) >= 9
 
 
 @pytest.mark.slow
@@ -595,30 +585,51 @@ def test_a_prune_that_is_killed_loses_nothing(tmp_path, monkeypatch, per_token):
         check(ReferenceCache(folder), together(*parts))
         assert verify(folder).sound
 
-    assert run_until_killed(prepare, prune_into_shards_of_100, settled) >= 22
+    assert run_until_killed(tmp_path, prepare, prune_into_shards_of_100, settled) >= 22
+
+
+def prune_step_by_step(folder, steps):
+    """Prunes, and before each change of a file asks for a look (`steps`/asked-N) and waits for it (`steps`/seen-N)."""
+    numbers = itertools.count(1)
+
+    def asking(call):
+        def wrapped(*args, **options):
+            number = next(numbers)
+            (steps / f"asked-{number}").touch()
+            wait_until((steps / f"seen-{number}").exists)
+            return call(*args, **options)
+
+        return wrapped
+
+    os.replace, os.link, os.unlink = asking(os.replace), asking(os.link), asking(os.unlink)
+    prune_into_shards_of_100(folder)
 
 
 @pytest.mark.slow
 def test_readers_while_another_process_prunes(tmp_path):
-    parts = [values(10, n) for n in range(60)]
-    expected, looks = together(*parts), 0
-    for attempt in range(5):
-        folder = folder_of(tmp_path / str(attempt), *parts)
-        reader = ReferenceCache(folder)
-        process = in_the_background(prune_into_shards_of_100, folder)
-        while process.exitcode is None:
-            looks += 1
-            for cache in (reader, ReferenceCache(folder)):
-                assert [value.tobytes() for value in cache.logps(list(expected))] == [
-                    v.tobytes() for v in expected.values()
-                ]
-        assert process.exitcode == 0 and len(shards_of(folder)) == 6
-        check(reader, expected)
-    assert looks > 10
+    """Between any two changes of files, a cache that was open before and one that is opened now hold every value."""
+    parts = [values(10, n) for n in range(30)]
+    expected, steps = together(*parts), tmp_path / "steps"
+    steps.mkdir()
+    folder = folder_of(tmp_path / "c", *parts)
+    reader = ReferenceCache(folder)
+    process = Worker(tmp_path, prune_step_by_step, folder, steps)
+    for looks in itertools.count(1):
+        wait_until(lambda n=looks: (steps / f"asked-{n}").exists() or process.poll() is not None)
+        for cache in (reader, ReferenceCache(folder)):
+            assert [value.tobytes() for value in cache.logps(list(expected))] == [
+                v.tobytes() for v in expected.values()
+            ]
+        if not (steps / f"asked-{looks}").exists():
+            break
+        (steps / f"seen-{looks}").touch()
+    process.end()
+    assert len(shards_of(folder)) == 3 and looks > 30
+    check(reader, expected)
 
 
 @pytest.mark.slow
-def test_a_million_rows_take_seconds(tmp_path):
+def test_a_million_rows_are_pruned_without_a_step_of_python_for_each(tmp_path):
     """1,000 shards of 1,000 rows, every tenth row twice."""
     draw = np.random.default_rng(3)
     keys = np.frombuffer(draw.bytes(16 * 1_000_000), np.uint8).reshape(1000, 1000, 16).copy()
@@ -631,40 +642,42 @@ def test_a_million_rows_take_seconds(tmp_path):
         with open(folder / f"shard-{number:020d}-0.parquet", "wb") as file:
             shard_module.write_shard(file, cache.kind, part, tokens, sums)
     different = len(np.unique(keys.reshape(-1, 16), axis=0))
-    start = time.perf_counter()
-    done = prune(folder)
-    seconds = time.perf_counter() - start
-    print(f"{seconds:.1f} s")
+    done = None
+
+    def work():
+        nonlocal done
+        done = prune(folder)
+
+    assert calls(work) < 2000 * len(keys)  # of a shard: far below one a row for its three columns
     assert done.rows_kept == different and done.rows_kept + done.rows_dropped == 1_000_000 and done.shards_after == 4
-    assert seconds < 20
-
-
-MEMORY = """
-    import re, sys
-    from fastdpo.reference.maintain import describe, prune
-
-    def memory(field):
-        return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) / 1024
-
-    describe(sys.argv[1])  # what is loaded on the first use is not counted
-    before = memory("VmRSS")
-    assert prune(sys.argv[1]).shards_after == 1
-    print(memory("VmHWM") - before)
-"""
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_log_probs_pass_through_memory_a_group_at_a_time(tmp_path):
-    """250 MB of them; a group has 8, which is copied a few times."""
-    draw, group = np.random.default_rng(0), shard_module.GROUP_ROWS
-    ReferenceCache(tmp_path, FINGERPRINT).create()
-    for number in range(30):
-        flat = -draw.exponential(size=group * 500).astype(np.float32)
-        tokens = np.full(group, 500)
-        keys = np.frombuffer(draw.bytes(16 * group), np.uint8).reshape(-1, 16)
-        with open(tmp_path / f"shard-{number}.parquet", "wb") as file:
-            shard_module.write_shard(file, KIND, keys, tokens, shard_module.row_sums(flat, tokens), [flat])
-    peak = float(run_python(MEMORY, tmp_path))
-    print(f"{peak:.0f} MB")
-    assert peak < 190
+def test_log_probs_pass_through_memory_a_group_at_a_time(tmp_path, monkeypatch):
+    """As much for 30 shards as for 10: some groups, not all that there are."""
+    group, tokens_each = 256, 1000
+    monkeypatch.setattr(shard_module, "GROUP_ROWS", group)
+    draw = np.random.default_rng(0)
+
+    def peak_of(count):
+        folder = tmp_path / str(count)
+        ReferenceCache(folder, FINGERPRINT).create()
+        for number in range(count):
+            flat = -draw.exponential(size=group * tokens_each).astype(np.float32)
+            tokens = np.full(group, tokens_each)
+            keys = np.frombuffer(draw.bytes(16 * group), np.uint8).reshape(-1, 16)
+            with open(folder / f"shard-{number}.parquet", "wb") as file:
+                shard_module.write_shard(file, KIND, keys, tokens, shard_module.row_sums(flat, tokens), [flat])
+        pool = pa.default_memory_pool()
+        arrow = pa.proxy_memory_pool(pool)  # counts from 0
+        pa.set_memory_pool(arrow)
+        try:
+            with memory() as used:
+                assert prune(folder).shards_after == 1
+        finally:
+            pa.set_memory_pool(pool)
+        return used.peak + arrow.max_memory()
+
+    peak_of(1)  # what is loaded on the first use is not counted
+    few, many = peak_of(10), peak_of(30)
+    assert many < 1.3 * few and many < 15 * 4 * group * tokens_each

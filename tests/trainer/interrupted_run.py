@@ -11,16 +11,14 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import pytest
+from checkout import ROOT
+from processes import environment, fail, reserved_port, wait_until
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
 UNTIMED = ("perf/", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss")
 
 
@@ -33,30 +31,28 @@ class Run:
     def __init__(self, server, folder, options, processes):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
+        self._port = reserved_port()  # until this object goes
+        port = self._port.__enter__()
         self.pids = []
         for rank in range(processes):
             for name in ("paused", "go", "done", "result.json"):
                 (folder / f"{name}-{rank}").unlink(missing_ok=True)
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            environment = {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port} if processes > 1 else {}
-            job = {"folder": str(folder), "rank": rank, "options": options, "environment": environment}
+            names = {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port} if processes > 1 else {}
+            job = {"folder": str(folder), "rank": rank, "options": options, "environment": names}
             server.stdin.write(json.dumps(job) + "\n")
             server.stdin.flush()
             self.pids.append(int(server.stdout.readline()))
 
-    def paused(self, rank=0, seconds=120):
+    def paused(self, rank=0):
         """Waits until the process has come where it was told to pause."""
-        self._wait_for(f"paused-{rank}", rank, seconds)
+        self._wait_for(f"paused-{rank}", rank)
 
-    def _wait_for(self, name, rank, seconds):
-        end = time.monotonic() + seconds
-        while not (self.folder / f"{name}").exists():
-            if (self.folder / f"done-{rank}").exists() or time.monotonic() > end:
-                pytest.fail(f"no {name}: {self.said(rank)}")
-            time.sleep(0.01)
+    def _wait_for(self, name, rank):
+        wait_until((self.folder / name).exists, _Process(self.folder / f"done-{rank}"), self._all_said)
+
+    def _all_said(self):
+        return {f"process {rank}": self.said(rank) for rank in range(len(self.pids))}
 
     def send(self, number, rank=0, group=False):
         """`group`: also to the processes that it has started, as a terminal does."""
@@ -66,9 +62,9 @@ class Run:
         for rank in range(len(self.pids)):
             (self.folder / f"go-{rank}").touch()
 
-    def code(self, rank=0, seconds=120):
+    def code(self, rank=0):
         """The exit code; -n where signal n ended it, as subprocess has it."""
-        self._wait_for(f"done-{rank}", rank, seconds)
+        self._wait_for(f"done-{rank}", rank)
         return os.waitstatus_to_exitcode(int((self.folder / f"done-{rank}").read_text()))
 
     def said(self, rank=0):
@@ -77,16 +73,25 @@ class Run:
 
     def result(self, rank=0):
         """What a run that came to its end has left: `weights`, `history`, `train_loss`."""
-        assert self.code(rank) == 0, self.said(rank)
+        if self.code(rank):
+            fail(f"process {rank} ended with exit code {self.code(rank)}", self._all_said())
         return json.loads((self.folder / f"result.json-{rank}").read_text())
+
+
+class _Process:
+    """One that leaves its exit status in a file."""
+
+    def __init__(self, done):
+        self.done = done
+
+    def poll(self):
+        return 0 if self.done.exists() else None
 
 
 @functools.cache
 def _server():
-    paths = [str(ROOT / part) for part in (".", "kernels", "tests")] + [os.environ.get("PYTHONPATH", "")]
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
-        [sys.executable, str(HERE / "interrupted_run.py")], text=True, env=os.environ | environment,
+        [sys.executable, str(ROOT / "tests" / "trainer" / "interrupted_run.py")], text=True, env=environment(),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip

@@ -1,34 +1,19 @@
 """Two gloo processes give the curve of one at the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+from processes import run_script
 
 
 def curve(folder, processes, **options):
     """The logged figures of a run, and how many passes each process took."""
     folder.mkdir()
-    paths = [str(ROOT / part) for part in (".", "kernels", "tests")] + [os.environ.get("PYTHONPATH", "")]
-    environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-        "FASTDPO_CACHE": str(folder / "cache"),
-        "DS_ACCELERATOR": "cpu",
-    }
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    subprocess.run(
-        [sys.executable, *launcher, str(HERE / "distributed_run.py"), str(folder), json.dumps(options)],
-        env=os.environ | environment, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    variables = {"FASTDPO_CACHE": folder / "cache", "DS_ACCELERATOR": "cpu"}
+    words = [folder, json.dumps(options)]
+    run_script("trainer/distributed_run.py", *words, processes=processes, folder=folder, **variables)
     passes = [json.loads((folder / f"passes-{i}.json").read_text()) for i in range(processes)]
     return json.loads((folder / "curve.json").read_text()), passes
 

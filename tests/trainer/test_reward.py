@@ -2,17 +2,14 @@
 
 import copy
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from processes import run_script
 from reward_models import own_scores, tiny_reward_model
 from tiny import random_rows, text_rows, tiny_model, word_tokenizer
 from trainer_runs import losses_of
@@ -20,8 +17,6 @@ from trainer_runs import losses_of
 from fastdpo import RewardConfig, RewardTrainer
 from fastdpo.types import DataError, UserError
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
 METRICS = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
 
 
@@ -451,13 +446,7 @@ def test_models_that_give_no_score(tmp_path):
 
 def curve(folder, processes, **options):
     folder.mkdir()
-    paths = [str(ROOT / part) for part in (".", "kernels", "tests")] + [os.environ.get("PYTHONPATH", "")]
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    subprocess.run(
-        [sys.executable, *launcher, str(HERE / "reward_run.py"), str(folder), json.dumps(options)],
-        env=os.environ | environment, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    run_script("trainer/reward_run.py", folder, json.dumps(options), processes=processes, folder=folder)
     return json.loads((folder / "curve.json").read_text())
 
 
