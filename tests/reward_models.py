@@ -1,7 +1,7 @@
 """Tiny random reward models, and the scores that they give to sequences run alone."""
 
 import torch
-from tiny import VOCABULARY, _norms_in_double_precision
+from tiny import VOCABULARY, in_double_precision
 
 END = 2  # of the text, and the token to pad with
 
@@ -31,7 +31,7 @@ def tiny_reward_model(kind="llama", dtype=torch.float32, seed=0, **config):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.2)
     if dtype == torch.float64 and kind != "bert":
-        _norms_in_double_precision(model)
+        in_double_precision(model)
     return model.eval()
 
 

@@ -36,19 +36,19 @@ def tiny_model(kind="llama", dtype=torch.float32, seed=0, **config):
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.2)
-    if dtype == torch.float64:
-        _norms_in_double_precision(model)
-    return model.eval()
+    return (in_double_precision(model) if dtype == torch.float64 else model).eval()
 
 
-def _norms_in_double_precision(model):
-    """transformers' RMS norms work in float32 whatever they get, which would drown errors below 1e-6."""
+def in_double_precision(model):
+    """The model in float64, its norms too: transformers' RMS norms work in float32 whatever they get."""
+    model = model.double()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm") and not isinstance(child, torch.nn.RMSNorm):
                 norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
                 norm.weight = child.weight
                 setattr(parent, name, norm)
+    return model
 
 
 def random_rows(count, seed=0, prompt=(1, 12), answer=(1, 9)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,16 +29,17 @@ class MetricSums:
         """`weights`: of metrics that count by something else than the pairs."""
         names = list(metrics)
         counts = [weights.get(name, pairs) for name in names]
-        # A metric that nothing counts for (no desirable answer in the batch, say) is no number.
+        kept = [at_least_float32(value) for value in metrics.values()]
+        # A metric that nothing counts for (no desirable answer in the batch, say) is not finite.
+        dtype = functools.reduce(torch.promote_types, [value.dtype for value in kept])
         values = torch.stack(
-            [metrics[name].detach().float() * n if n else torch.zeros_like(metrics[name], dtype=torch.float32)
-             for name, n in zip(names, counts, strict=True)]
-        )  # fmt: skip
+            [(value * n if n else torch.zeros_like(value)).to(dtype) for value, n in zip(kept, counts, strict=True)]
+        )
         if self._sums is None:
             self._names, self._sums, self._counts = names, values, counts
         else:
             assert names == self._names
-            self._sums += values
+            self._sums = self._sums.to(dtype) + values  # restored sums are float64, which holds either exactly
             self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
 
     def state(self, reduce: Any = None) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class MetricSums:
         self.clear()
         if state:
             self._names, self._counts = list(state["names"]), [share * count for count in state["counts"]]
-            self._sums = torch.tensor(state["sums"], dtype=torch.float32, device=device) * share
+            self._sums = torch.tensor(state["sums"], dtype=torch.float64, device=device) * share
 
     def clear(self) -> None:
         self._names, self._sums, self._counts = [], None, []
@@ -72,6 +74,10 @@ class MetricSums:
         self.clear()
         each = zip(state["names"], state["sums"], state["counts"], strict=True)
         return {name: value / count for name, value, count in each if count}
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
 
 class Throughput:

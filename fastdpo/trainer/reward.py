@@ -18,7 +18,7 @@ from fastdpo.packing import PreferenceCollator
 from fastdpo.score_models import SCORES, sequence_classifier
 from fastdpo.trainer.config import PreferenceConfig, option
 from fastdpo.trainer.engine import PreferenceTrainer
-from fastdpo.trainer.metrics import MetricSums, StepFlops
+from fastdpo.trainer.metrics import MetricSums, StepFlops, at_least_float32
 from fastdpo.trainer.names import default_output_dir, named_tokenizer
 from fastdpo.trainer.reward_data import KEPT, prepare_scored
 from fastdpo.types import LossOutput, UserError
@@ -214,7 +214,8 @@ class ScoreSums(MetricSums):
 
     def add(self, metrics: Mapping[str, Tensor], pairs: float, **weights: float) -> None:
         super().add(metrics, pairs, **{**weights, "min_reward": 0.0, "max_reward": 0.0})
-        bounds = torch.stack([metrics["min_reward"], -metrics["max_reward"]]).detach().float()
+        bounds = torch.stack([metrics["min_reward"], -metrics["max_reward"]])
+        bounds = at_least_float32(bounds)
         if self._within:
             bounds = torch.minimum(self._bounds.pop(), bounds)
         self._bounds.append(bounds)
