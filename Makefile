@@ -8,10 +8,13 @@ GPU_PYTHON ?= python3
 GPU_ENV := PYTHONPATH=.:kernels:tests PYTHONUNBUFFERED=1
 RESULTS ?= benchmarks/results
 
-.PHONY: help demo test lint format bench bench-step bench-reference bench-kernels tables docs test-gpu bench-gpu clean
+.PHONY: help demo test test-fast test-portable test-explore lint format bench bench-step bench-reference bench-kernels tables docs test-gpu bench-gpu clean
 help:
 	@echo "make demo      a small real model changes its mind, in minutes"
 	@echo "make test      the test suite        make lint      ruff and mypy       make format   ruff, writing"
+	@echo "make test-fast a case or two of everything, in a minute or so"
+	@echo "make test-portable  the tests that compare numbers, under other machines' arithmetic, and under load"
+	@echo "make test-explore   tests on drawn cases, drawn anew, ten times as many"
 	@echo "make bench     fastdpo and TRL side by side on this machine's CPU       make tables   the README's tables"
 	@echo "make docs      the tables of docs/, from tiny models that run and from the registry of losses"
 	@echo "make test-gpu  the tests on a GPU    make bench-gpu the benchmarks on a GPU (both without .venv)"
@@ -21,6 +24,18 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
+
+# A case or two of everything that is not slow: after each edit.
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -n 2 --fast
+
+# The tests that compare numbers, under other machines' arithmetic and load; ARGS='--only loaded' is one setting.
+test-portable: $(VENV)/.dev
+	$(BIN)/python tests/portable.py $(ARGS)
+
+# Tests on drawn cases, drawn anew and ten times as many.
+test-explore: $(VENV)/.dev
+	FASTDPO_EXPLORE=10 $(BIN)/python -m pytest -n 2 -m hypothesis --timeout 3600
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -73,16 +73,20 @@ def in_a_process(arguments: Sequence[str]) -> Any:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-            "FASTDPO_CACHE": f"{folder}/fastdpo",
-            "HF_HOME": f"{folder}/hf",
-            "HF_HUB_OFFLINE": "1",
-        }
         print("running", " ".join(arguments[1:]), flush=True)
-        subprocess.run([sys.executable, *arguments, "--out", str(out)], env=environment, check=True)
+        subprocess.run([sys.executable, *arguments, "--out", str(out)], env=process_environment(folder), check=True)
         return json.loads(out.read_text())
+
+
+def process_environment(folder: str) -> dict[str, str]:
+    """Of a contestant in a process of its own: this checkout, caches in `folder`, and offline."""
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "FASTDPO_CACHE": f"{folder}/fastdpo",
+        "HF_HOME": f"{folder}/hf",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -5,10 +5,21 @@ Importing fastdpo imports neither triton nor transformers; they come with the fi
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+
+def _is_no_advice_on_kernels(record: logging.LogRecord) -> bool:
+    return "kernels-community" not in str(record.msg)
+
+
+# On a CPU with bfloat16 instructions bitsandbytes, which transformers imports where it is installed, warns that PyPI's
+# package `kernels` is missing, or, in this repository's root, that the folder of that name is not it. That package only
+# speeds up 4-bit inference on the CPU; fastdpo does not need it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_advice_on_kernels)
 
 _HOME = {
     "token_logps": "fastdpo.functional",

@@ -21,11 +21,8 @@ def implementations(eager, triton_kernels):
             marks=[no_triton, pytest.mark.skipif(cuda, reason="runs on the GPU")],
         ),
         *(
-            pytest.param(
-                (module, "cuda"),
-                id=name,
-                marks=[*marks, pytest.mark.gpu, pytest.mark.skipif(not cuda, reason="no GPU")],
-            )
+            pytest.param((module, "cuda"), id=name, marks=[*marks, pytest.mark.gpu])
             for module, name, marks in [(eager, "eager-cuda", []), (triton_kernels, "triton-cuda", [no_triton])]
+            if cuda
         ),
     ]

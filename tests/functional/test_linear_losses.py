@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from drawing import pairwise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdpo
@@ -89,6 +90,15 @@ def batch_of(data, dtype=torch.float64, seed=0, trained="hidden weight bias", ot
     lengths = torch.tensor([len(batch.targets(sequence)) for sequence in range(count)])
     batch.refs = -4.0 * lengths + 3 * torch.randn(count, generator=generator)
     return batch
+
+
+def dealt(cases):
+    """Each case in two of the ways that `TOGETHER` has, in turn."""
+    return [
+        (*case, *TOGETHER[way % len(TOGETHER)])
+        for number, case in enumerate(cases)
+        for way in (number, number + 1 + number // len(TOGETHER) % 3)
+    ]
 
 
 # The truth.
@@ -271,11 +281,10 @@ def check(batch, names, way, budget, fused, reduction="mean", refs="tensor", los
     return out
 
 
-CASES = [("all", torch.float64), ("groups", torch.float64), ("tile", torch.float64), ("groups", torch.float32)]
+CASES = pairwise(WAYS, list(BUDGETS), [torch.float64, torch.float32])
 
 
-@pytest.mark.parametrize("budget, dtype", CASES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way, budget, dtype", CASES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss(name, way, budget, dtype, fused):
     spec = REGISTRY[name]
@@ -311,8 +320,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("way, budget", TOGETHER)
-@pytest.mark.parametrize("name, options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name, options, way, budget", dealt(OPTIONS), ids=str)
 def test_options(name, options, way, budget, fused):
     spec = REGISTRY[name]
     batch = batch_of(spec.data, seed=2, others=spec.needs_kl)
@@ -331,11 +339,12 @@ MIXES = [
 ]
 
 
-@pytest.mark.parametrize("way, budget", TOGETHER)
+PIECES = [{}, {"ld_alpha": 0.3}, {"use_weighting": True}, DIVERGENCES[0] | {"ld_alpha": 0, "use_weighting": True}]
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"ld_alpha": 0.3}, {"use_weighting": True}, DIVERGENCES[0] | {"ld_alpha": 0, "use_weighting": True}]
+    "names, loss_weights, options, way, budget", dealt([(*mix, pieces) for mix in MIXES for pieces in PIECES]), ids=str
 )
-@pytest.mark.parametrize("names, loss_weights", MIXES, ids=str)
 def test_mixes(names, loss_weights, options, way, budget, fused):
     """What an option does not act on stays as it is: the NLL of `sft` is neither LD-DPO's nor WPO's."""
     refused = "use_weighting" in options and WITHOUT_WPO.issuperset(names)
@@ -347,13 +356,14 @@ def test_mixes(names, loss_weights, options, way, budget, fused):
     check(batch_of("pairs", seed=3), names, way, budget, fused, loss_weights=loss_weights, **options)
 
 
-@pytest.mark.parametrize("way, budget", TOGETHER)
-@pytest.mark.parametrize(
-    "names", [["sigmoid", "sft"], ["orpo"], ["ipo"], ["sigmoid_norm", "cpo"], ["listwise"], ["kto"]]
-)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_reductions_and_pair_weights(names, reduction, weighted, way, budget, fused):
+@pytest.mark.parametrize("names, reduction, weighted, together", pairwise(
+    [["sigmoid", "sft"], ["orpo"], ["ipo"], ["sigmoid_norm", "cpo"], ["listwise"], ["kto"]],
+    ["mean", "sum", "none"],
+    [False, True],
+    TOGETHER,
+), ids=str)  # fmt: skip
+def test_reductions_and_pair_weights(names, reduction, weighted, together, fused):
+    way, budget = together
     data = REGISTRY[names[0]].data
     batch = batch_of(data, seed=4, others=data == "answers")
     weights = torch.tensor([0.5, 0.0, 2.0, 1.25, 0.3])[: len(batch.groups)] if weighted else None
@@ -368,18 +378,13 @@ def test_pair_weights_beside_the_weights_of_wpo(options, way, budget, fused):
     check(batch_of("pairs"), ["sigmoid", "sft"], way, budget, fused, pair_weights=weights, **options)
 
 
-@pytest.mark.parametrize("way, budget", TOGETHER)
-@pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "hidden weight", "weight bias", ""])
-@pytest.mark.parametrize(
-    "names, options",
-    [
-        (["sigmoid", "sft"], {"ld_alpha": 0.3, "use_weighting": True}),
-        (["aot"], {}),
-        (["listwise"], {}),
-        (["kto"], {}),
-    ],
-)
-def test_what_is_trained(names, options, trained, way, budget, fused):
+@pytest.mark.parametrize("loss, trained, together", pairwise(
+    [(["sigmoid", "sft"], {"ld_alpha": 0.3, "use_weighting": True}), (["aot"], {}), (["listwise"], {}), (["kto"], {})],
+    ["hidden", "weight", "bias", "hidden weight", "weight bias", ""],
+    TOGETHER,
+), ids=str)  # fmt: skip
+def test_what_is_trained(loss, trained, together, fused):
+    (names, options), (way, budget) = loss, together
     data = REGISTRY[names[0]].data
     batch = batch_of(data, seed=5, trained=trained, others=data == "answers")
     check(batch, names, way, budget, fused, **options)

@@ -8,7 +8,8 @@ import mmap
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from drawing import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_implementations import implementations, without_triton
 from torch import Tensor
@@ -107,7 +108,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 # On a GPU nearly every example compiles kernels of its own.
-@settings(max_examples=30 if CUDA else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@draws(30 if CUDA else 60)
 @given(
     num_rows=st.integers(1, 40),
     more=st.lists(st.integers(0, 39), max_size=40),  # further copies

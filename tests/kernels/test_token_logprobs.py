@@ -10,7 +10,8 @@ import types
 import oracle
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from drawing import draws, pairwise
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_implementations import implementations
 from torch import Tensor
@@ -161,7 +162,7 @@ SIZES = [1, 2, 3, 127, 128, 1000, 2049, 4096, 4097, 9000]
 LABELS = st.one_of(st.integers(0, 9000), st.sampled_from(["ignored", "below", "v", "above"]))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@draws(200)
 @given(
     v=st.sampled_from(SIZES),
     dtype=st.sampled_from(DTYPES),
@@ -339,9 +340,7 @@ def place(x: Tensor, gap: int, offset: int, around: float) -> tuple[Tensor, Tens
 HALF_AND_SINGLE = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.mark.parametrize("offset", range(8))
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-@pytest.mark.parametrize("v", [1, 5, 16, 31, 4097])
+@pytest.mark.parametrize("v, dtype, offset", pairwise([1, 5, 16, 31, 4097], HALF_AND_SINGLE, range(8)))
 def test_rows_at_any_address(implementation, v, dtype, offset):
     module, device = implementation
     logits = draw_logits(4, v, dtype, "peaked", seed=v + offset)
@@ -393,10 +392,12 @@ class ByFwdGrad:
         return out
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 15.0, "temperature": 0.8}, {"logit_scale": 0.0625}])
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-@pytest.mark.parametrize("kind", ["peaked", "rising", "masked"])
-@pytest.mark.parametrize("v", [3, 1000, 4097, 13000])
+@pytest.mark.parametrize("v, kind, dtype, options", pairwise(
+    [3, 1000, 4097, 13000],
+    ["peaked", "rising", "masked"],
+    HALF_AND_SINGLE,
+    [{}, {"softcap": 15.0, "temperature": 0.8}, {"logit_scale": 0.0625}],
+))  # fmt: skip
 def test_forward_with_gradient(implementation, v, kind, dtype, options):
     """Of logits that rise over the row, too: by up to 100 from one block to the next."""
     module, device = implementation

@@ -130,10 +130,9 @@ def test_accuracies_of_a_divergence_are_those_of_the_log_ratios(options):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("case", PLAIN, ids=str)
-def test_all_but_the_loss_is_detached(case, reduction):
-    out = drawn(case).call(reduction=reduction)
+def test_all_but_the_loss_is_detached(case):
+    out = drawn(case).call(reduction="none")
     carries = {name.name for name in fields(out) if getattr(getattr(out, name.name), "requires_grad", False)}
     assert carries == {"loss", "losses"}
     assert not any(value.requires_grad for value in out.metrics().values())

@@ -21,7 +21,7 @@ def agree(inputs: Inputs, beta: float, reduction: str, **options):
     losses = inputs.truth(beta)
     torch.testing.assert_close(out.losses.double(), loss_oracle.reduced(losses, inputs.pair_weights, "none"), **values)
     loss = loss_oracle.reduced(losses, inputs.pair_weights, reduction)
-    torch.testing.assert_close(out.loss.double(), loss, **values)
+    torch.testing.assert_close(out.loss.double(), loss, **values)  # of its shape, too
     assert out.loss.dtype == out.losses.dtype == inputs.logps[0].dtype
     upstream = 1 + torch.arange(loss.numel(), dtype=torch.float64).view(loss.shape)  # tells the entries of "none" apart
     got = torch.autograd.grad((upstream * out.loss).sum(), inputs.logps, allow_unused=True, materialize_grads=True)
@@ -38,19 +38,18 @@ def test_the_cases_are_all_losses_and_all_options():
     assert {case.names[0] for case in PLAIN} == set(REGISTRY)
 
 
-@pytest.mark.parametrize("dtype", EXACT, ids=str)
-@pytest.mark.parametrize("beta", [0.1, 0.7])
+@pytest.mark.parametrize("dtype, beta", [(torch.float32, 0.1), (torch.float64, 0.7)], ids=["float32", "float64"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(case, beta, dtype):
     agree(drawn(case, dtype, seed=1), beta, "mean")
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.per_pair], ids=str)
-def test_weights_and_reductions(case, reduction):
+def test_weights_and_reductions(case):
     inputs = drawn(case, seed=2)
     weights = torch.tensor([1.0, 0.3, 0.0, 2.5, 1.0, 0.01], dtype=torch.float64)
-    agree(Inputs(**{**vars(inputs), "pair_weights": weights}), 0.3, reduction)
+    for reduction in ("mean", "sum", "none"):
+        agree(Inputs(**{**vars(inputs), "pair_weights": weights}), 0.3, reduction)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -59,8 +58,9 @@ def test_reductions_of_whole_batches(name, reduction):
     agree(drawn(Case((name,)), seed=2), 0.3, reduction)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_gradcheck(case):
+    """The gradients above are those of the oracle by autograd; these are differences, without any autograd."""
     inputs = drawn(case, seed=3, count=3)
     assert torch.autograd.gradcheck(
         lambda *logps: inputs.call(*logps, beta=0.6, reduction="none").losses, inputs.logps, rtol=1e-6, atol=1e-8

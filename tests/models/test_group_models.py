@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from drawing import draws
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import VOCABULARY, naive_sequence_logps, random_rows, tiny_model
 
@@ -207,7 +208,7 @@ def test_a_list_of_two_is_a_pair():
         torch.testing.assert_close(of_lists.metrics()[name], of_pairs.metrics()[name], rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@draws(25)
 @given(
     sizes=st.lists(st.integers(2, 4), min_size=1, max_size=3), seed=st.integers(0, 10**6),
     shortest=st.integers(0, 1), max_length=st.sampled_from([None, 2, 5, 9]), packing=st.sampled_from(PACKINGS),

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from drawing import draws
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import naive_sequence_logps, random_rows, tiny_model
 
@@ -202,7 +203,7 @@ drawn_rows = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40)
 @given(rows=drawn_rows, packing=st.sampled_from(PACKINGS), kind=st.sampled_from(["llama", "gpt2"]))
 def test_drawn_trees_equal_separate_sequences(rows, packing, kind):
     """Few different tokens: beginnings coincide in prompts and answers, at any depth; some are empty, or equal."""

@@ -6,7 +6,8 @@ import loss_oracle
 import oracle
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from drawing import draws
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import device_for
 
@@ -34,7 +35,7 @@ CASES = {
     ),
     "seed": st.integers(0, 2**16),
 }
-SETTINGS = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = draws(200)
 
 
 def draw(n, d, v, dtype, with_bias, kind, ignored, seed):
@@ -138,7 +139,7 @@ LOSS_CASES = {
 }
 
 
-@settings(max_examples=120, deadline=None)
+@draws(120)
 @given(**LOSS_CASES)
 def test_linear_loss(pairs, v, dtype, trained, rows, counts, loss, reduction, outer, seed):
     """Pairs of drawn lengths, empty ones and ones larger than the budget among them; a gradient other than 1."""

@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from drawing import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import random_rows, tiny_model
 
@@ -370,7 +371,7 @@ def assert_parts_equal_whole(collator, rows, **options):
     return parts
 
 
-@settings(max_examples=20, deadline=None)
+@draws(20)
 @given(
     count=st.integers(1, 6), seed=st.integers(0, 10**6), budget=st.integers(1, 200), packing=st.sampled_from(PACKINGS),
     weights=st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=6, max_size=6), weighted=st.booleans(),
@@ -385,7 +386,7 @@ def test_lists_in_parts(count, seed, budget, packing, weights, weighted):
     assert sum((part.list_sizes for part in parts), ()) == tuple(len(row["ranks"]) for row in rows)
 
 
-@settings(max_examples=25, deadline=None)
+@draws(25)
 @given(
     count=st.integers(1, 6), seed=st.integers(0, 10**6), budget=st.integers(1, 200), packing=st.sampled_from(PACKINGS),
     weights=st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=6, max_size=6), weighted=st.booleans(),

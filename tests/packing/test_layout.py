@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from drawing import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdpo.packing import pack
@@ -40,7 +41,7 @@ def seen_by_intervals(layout):
     return {i: [j for j in range(i + 1) if i < ends[j]] for i in range(len(ends))}
 
 
-@settings(max_examples=400, deadline=None)
+@draws(400)
 @given(sequences=sequences_strategy, share=st.booleans())
 def test_every_sequence_sees_itself_and_nothing_else(sequences, share):
     row = pack(sequences, share=share)
@@ -80,7 +81,7 @@ def test_every_sequence_sees_itself_and_nothing_else(sequences, share):
         assert torch.equal(layout.kv_offsets, torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]))
 
 
-@settings(max_examples=300, deadline=None)
+@draws(300)
 @given(sequences=st.lists(ids, min_size=1, max_size=12), worth=st.sampled_from([0, 1, 3, 10**6]))
 def test_what_is_shared_is_what_pays(sequences, worth):
     """With every beginning worth its price, no two siblings begin with the same token; with none, only equals share."""

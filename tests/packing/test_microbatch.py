@@ -6,7 +6,8 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from drawing import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import random_rows, tiny_model
 
@@ -26,7 +27,7 @@ def rows_with_common_prompts(count, seed):
     return rows
 
 
-@settings(max_examples=150, deadline=None)
+@draws(150)
 @given(
     count=st.integers(1, 12), seed=st.integers(0, 10**6), budget=st.integers(1, 300),
     packing=st.sampled_from(PACKINGS), multiple=st.sampled_from([None, 8]),
@@ -47,7 +48,7 @@ def test_parts_keep_to_the_budget(count, seed, budget, packing, multiple):
         assert torch.cat([part.target_ids for part in again]).tolist() == whole.target_ids.tolist()
 
 
-@settings(max_examples=150, deadline=None)
+@draws(150)
 @given(
     count=st.integers(1, 7), seed=st.integers(0, 10**6), packing=st.sampled_from(PACKINGS),
     kind=st.sampled_from(["pairs", "lists", "answers"]), long=st.booleans(),
@@ -64,7 +65,7 @@ def test_the_cost_is_that_of_the_row_that_is_built(count, seed, packing, kind, l
             assert end == count or cost.fewest(first, end) <= cost.fewest(first, end + 1)
 
 
-@settings(max_examples=30, deadline=None)
+@draws(30)
 @given(count=st.integers(2, 7), seed=st.integers(0, 10**6), packing=st.sampled_from(PACKINGS))
 def test_mismatched_completions_count(count, seed, packing):
     rows = rows_of("answers", count, seed, long=False)
@@ -112,7 +113,7 @@ def test_a_longer_run_may_fit_where_a_shorter_one_does_not():
     assert len(PreferenceCollator(max_tokens_per_microbatch=whole)(rows)) == 1
 
 
-@settings(max_examples=200, deadline=None)
+@draws(200)
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), count=st.integers(1, 8), padded=st.booleans())
 def test_cuts_are_the_most_even_ones(sizes, count, padded):
     rows = [[np.full(size, number)] for number, size in enumerate(sizes)]

@@ -27,7 +27,8 @@ from cache_folders import (
     write_foreign,
 )
 from counting import calls, memory
-from hypothesis import given, settings
+from drawing import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from processes import Worker, end_all, wait_until
 
@@ -51,7 +52,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60)
 @given(steps=STEPS, absent=st.sets(KEYS, max_size=10))
 def test_equals_a_dict(steps, absent):
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +79,7 @@ def test_equals_a_dict(steps, absent):
             check(cache, expected, absent - expected.keys())
 
 
-@settings(max_examples=100, deadline=None)
+@draws(100)
 @given(parts=st.lists(st.lists(KEYS, min_size=1, max_size=6), max_size=6), dropped=st.integers(0, 5), order=st.data())
 def test_dropping_a_shard_uncovers_the_next(parts, dropped, order):
     index = ShardIndex()

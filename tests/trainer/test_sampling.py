@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from hypothesis import given, settings
+from drawing import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -258,7 +259,7 @@ def naive_groups(prompts):
     return [groups[tuple(prompt)] for prompt in prompts]
 
 
-@settings(max_examples=200, deadline=None)
+@draws(200)
 @given(st.lists(st.lists(st.integers(0, 1), max_size=9), min_size=1, max_size=30))
 def test_groups_are_those_found_by_comparing_all_prompts(prompts):
     groups, naive = prompt_groups(prompts).tolist(), naive_groups(prompts)
@@ -355,7 +356,7 @@ def test_the_first_batch_needs_no_more_than_its_step():
     assert base.taken == 12
 
 
-@settings(max_examples=300, deadline=None)
+@draws(300)
 @given(st.data())
 def test_steps_keep_their_rows(data):
     draw = data.draw

@@ -1,0 +1,41 @@
+"""How many cases are drawn, and which are picked where all of them would repeat one another."""
+
+import itertools
+import os
+
+from hypothesis import HealthCheck, settings
+
+# `make test-explore`: new cases in every run, and this many times as many. Else every run draws the same.
+EXPLORE = int(os.environ.get("FASTDPO_EXPLORE", "0"))
+
+
+def draws(count):
+    """Hypothesis settings for `count` examples."""
+    return settings(
+        max_examples=count * max(1, EXPLORE), deadline=None, derandomize=not EXPLORE, print_blob=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )  # fmt: skip
+
+
+def pairwise(*values):
+    """Tuples of one value of each list, in which every two values of two lists stand together at least once.
+
+    A fault that needs two options at once is met, by a fraction of the full product. Always the same tuples.
+    """
+    left = {
+        ((i, a), (j, b))
+        for i, j in itertools.combinations(range(len(values)), 2)
+        for a in range(len(values[i]))
+        for b in range(len(values[j]))
+    }
+    every = list(itertools.product(*(range(len(each)) for each in values)))
+
+    def pairs(choice):
+        return set(itertools.combinations(enumerate(choice), 2))
+
+    chosen = []
+    while left:
+        best = max(every, key=lambda choice: len(pairs(choice) & left))
+        left -= pairs(best)
+        chosen.append(best)
+    return [tuple(each[place] for each, place in zip(values, choice, strict=True)) for choice in sorted(chosen)]
