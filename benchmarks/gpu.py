@@ -58,18 +58,25 @@ def run_part(command: list[str], limit: int) -> dict[str, Any]:
             command = [*command, f"--junitxml={report}"]
         began = time.perf_counter()
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
-        try:
-            code: int | str = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
+        code: int | str
+        if ended_within(process, limit):
+            code = process.returncode
+        else:
             code = f"stopped after {limit} s"
             process.send_signal(signal.SIGINT)  # pytest then still writes its report
-            try:
-                process.wait(timeout=GRACE)
-            except subprocess.TimeoutExpired:  # waits for the device, say
+            if not ended_within(process, GRACE):  # waits for the device, say
                 process.kill()
                 process.wait()
         part = {"exit": code, "seconds": round(time.perf_counter() - began, 1)}
         return {**part, **test_counts(report)} if report.exists() else part
+
+
+def ended_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def test_counts(report: Path) -> dict[str, Any]:

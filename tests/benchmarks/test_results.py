@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from checkout import ROOT
-from processes import run
+from processes import PATIENCE, run, wait_until
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "kernels")]
 
@@ -48,14 +48,26 @@ def test_goals_are_of_sizes_that_are_measured():
 def test_driver_writes_its_summary_even_when_a_part_fails(tmp_path, monkeypatch):
     failing = tmp_path / "test_failing.py"
     failing.write_text(
+        "import pathlib, signal\n"
         "def test_good(): pass\ndef test_bad(): assert 1 == 2\ndef test_also_bad(): raise KeyError('x')\n"
-        "def test_hangs(): __import__('time').sleep(60)"
+        f"def test_hangs():\n    pathlib.Path({str(tmp_path / 'hangs')!r}).touch()\n    signal.pause()\n"
     )
     commands = {
-        "good": (["-c", "pass"], 60),
-        "bad": (["-c", "raise SystemExit(3)"], 60),
-        "slow": (["-m", "pytest", "-q", "--rootdir", str(tmp_path), str(failing)], 4),
+        "good": (["-c", "pass"], PATIENCE),
+        "bad": (["-c", "raise SystemExit(3)"], PATIENCE),
+        "slow": (["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(failing)], 4),
     }
+    ended_within = gpu.ended_within
+
+    def ended(process, limit):
+        """The limit of 4 seconds is over when the test hangs."""
+        if limit != 4:
+            return ended_within(process, limit)
+        wait_until((tmp_path / "hangs").exists, process)
+        return False
+
+    monkeypatch.setattr(gpu, "ended_within", ended)
+    monkeypatch.setattr(gpu, "GRACE", PATIENCE)
     monkeypatch.setattr(gpu, "parts", lambda kind, results: commands)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "bench", "--results", str(tmp_path)])
     assert gpu.main() == 1

@@ -1,12 +1,12 @@
 """What a packed row says of each sequence, against what it must say."""
 
 import random
-import time
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from counting import calls, memory
 from drawing import draws
 from hypothesis import given
 from hypothesis import strategies as st
@@ -174,22 +174,26 @@ def test_order_is_that_of_the_sequences():
     assert row.input_ids.tolist() == [[9, 9, 3, 3, 5, 5]]
 
 
-def test_building_a_large_layout_is_quick():
+def test_building_a_layout_takes_no_step_of_python_for_each_token():
     draw = random.Random(0)
-    pairs = []
-    for _ in range(64):
-        prompt, chosen, rejected = (np.array([draw.randrange(50000) for _ in range(n)]) for n in (400, 300, 300))
-        pairs += [(prompt, chosen), (prompt, rejected)]
 
-    # 5 ms, and on a slower or busier machine as much longer as fresh memory takes there: 5 MB of it are the floor.
-    def best_of(work, repeats):
-        times = []
-        for _ in range(repeats):
-            began = time.thread_time()
-            work()
-            times.append(time.thread_time() - began)
-        return min(times)
+    def pairs_of(length):
+        made = []
+        for _ in range(64):
+            prompt, chosen, rejected = (
+                np.array([draw.randrange(50000) for _ in range(part)]) for part in (4 * length, 3 * length, 3 * length)
+            )
+            made += [(prompt, chosen), (prompt, rejected)]
+        return made
 
-    best = best_of(lambda: pack(pairs), 60)
-    floor = best_of(lambda: [np.full(64_000, 1) for _ in range(10)], 60)
-    assert best < max(0.005, 4 * floor), f"{best * 1e3:.1f} ms for 64 pairs of 1,000 tokens, floor {floor * 1e3:.1f} ms"
+    short, long = pairs_of(10), pairs_of(100)
+    pack(short)
+    few, many = calls(lambda: pack(short)), calls(lambda: pack(long))
+    assert many <= few + 10  # ten times as many tokens
+    assert many < 100 * len(long)
+    with memory() as used:
+        row = pack(long)
+    own = sum(value.nbytes for value in (row.input_ids, row.position_ids, row.target_rows, row.target_ids))
+    layout = row.layout
+    own += sum(value.nbytes for value in (layout.kv_index, layout.kv_copies, layout.kv_offsets, layout.subtree_end))
+    assert used.peak < 3 * own

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
+from counting import calls
 from drawing import draws
 from hypothesis import given
 from hypothesis import strategies as st
@@ -401,24 +401,28 @@ def test_an_order_without_epochs_can_be_balanced():
 # Speed
 
 
-def test_a_million_rows_take_seconds():
+def test_an_epoch_of_a_million_rows_takes_no_step_of_python_for_each():
     rng = np.random.default_rng(0)
     lengths, groups = rng.integers(1, 2000, 10**6), rng.integers(0, 400_000, 10**6)
     for sampler in (LengthGroupedSampler(lengths, 64, seed=0), PromptGroupedSampler(groups, seed=0)):
-        began = time.perf_counter()
+        assert calls(lambda each=sampler: iter(each)) < 1000
         assert sum(1 for _ in sampler) == 10**6
-        assert time.perf_counter() - began < 4
 
 
-def test_a_hundred_thousand_prompts_take_seconds():
+def test_grouping_prompts_takes_some_steps_for_each():
+    """Also where all begin with the same system prompt."""
     rng = np.random.default_rng(0)
     system = np.arange(50)
-    prompts = [np.concatenate([system, rng.integers(0, 50_000, 100)]) for _ in range(50_000)]
+    prompts = [np.concatenate([system, rng.integers(0, 50_000, 100)]) for _ in range(10_000)]
     prompts += [prompt[:120] for prompt in prompts]
-    began = time.perf_counter()
-    groups = prompt_groups(prompts)
-    assert time.perf_counter() - began < 4
-    assert np.array_equal(groups[:50_000], groups[50_000:]) and len(set(groups.tolist())) == 50_000
+    groups = None
+
+    def work():
+        nonlocal groups
+        groups = prompt_groups(prompts)
+
+    assert calls(work) < 25 * len(prompts)
+    assert np.array_equal(groups[:10_000], groups[10_000:]) and len(set(groups.tolist())) == 10_000
 
 
 # Bad input
