@@ -17,7 +17,7 @@ BLOCK = {
     "one pass": token_logprobs.BACKWARD_BLOCK,
 }
 GATHER_TILE = {"gather": gather_kv.FORWARD_TILE, "gather backward": gather_kv.BACKWARD_TILE}
-ESSENTIAL = ["sm_86", "sm_89", "sm_120"]
+ESSENTIAL = ["sm_80", "sm_86", "sm_89", "sm_120"]
 
 
 def split_by_width(counts: dict[str, int]) -> tuple[int, int]:
