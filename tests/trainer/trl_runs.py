@@ -77,6 +77,17 @@ def perturbed(model):
 
 
 @contextlib.contextmanager
+def sums_in_dtype_of(model):
+    """Of float64 for such a model: transformers' sums of losses, and TRL's constants and logged means."""
+    before, own = torch.get_default_dtype(), next(model.parameters()).dtype
+    torch.set_default_dtype(torch.float64 if own == torch.float64 else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
 def float64():
     """Every model that is loaded comes in float64, its norms too, and TRL's head works in it.
 
@@ -179,13 +190,8 @@ class Runs:
 
     def logs(self, library, kind="DPO", **options):
         trainer = self.trainer(library, kind, **options)
-        # Of this dtype are transformers' sums of losses, and TRL's constants and logged means.
-        before, own = torch.get_default_dtype(), next(trainer.model.parameters()).dtype
-        torch.set_default_dtype(torch.float64 if own == torch.float64 else before)
-        try:
+        with sums_in_dtype_of(trainer.model):
             trainer.train()
-        finally:
-            torch.set_default_dtype(before)
         return trainer.state.log_history
 
     def theirs(self, library, key=None, **options):
