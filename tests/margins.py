@@ -29,10 +29,11 @@ def pytest_configure(config):
         with contextlib.suppress(Exception):
             for a, b in _pairs(actual, expected):
                 default = torch.testing._comparison.default_tolerances(a, b)
+                kind, a, b = a.dtype, a.double(), b.double()
                 limit = (default[1] if atol is None else atol) + (default[0] if rtol is None else rtol) * b.abs()
                 share = ((a - b).abs() / limit).nan_to_num(0.0, 0.0, 0.0)
                 if share.numel():
-                    _note(float(share.max()), a.dtype)
+                    _note(float(share.max()), kind)
 
     def measured_equal(self, actual):
         result = equal(self, actual)
@@ -52,7 +53,7 @@ def _pairs(actual, expected):
     else:
         a, b = torch.as_tensor(actual), torch.as_tensor(expected)
         if a.dtype.is_floating_point and a.device.type == "cpu":
-            yield a.detach().double(), b.detach().double()
+            yield a.detach(), b.detach()
 
 
 def _note(share, kind):

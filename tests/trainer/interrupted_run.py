@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from checkout import ROOT
-from processes import environment, fail, reserved_port, wait_until
+from processes import end_group, environment, fail, reserved_port, wait_until
 
 UNTIMED = ("perf/", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss")
 
@@ -49,7 +50,12 @@ class Run:
         self._wait_for(f"paused-{rank}", rank)
 
     def _wait_for(self, name, rank):
-        wait_until((self.folder / name).exists, _Process(self.folder / f"done-{rank}"), self._all_said)
+        try:
+            wait_until((self.folder / name).exists, _Process(self.folder / f"done-{rank}"), self._all_said)
+        except pytest.fail.Exception:
+            for pid in self.pids:  # none is left waiting for another
+                end_group(pid)
+            raise
 
     def _all_said(self):
         return {f"process {rank}": self.said(rank) for rank in range(len(self.pids))}
