@@ -1,5 +1,6 @@
 """Set-up of the whole suite: Triton's interpreter where there is no GPU, NaN in fresh memory, one thread a worker."""
 
+import gc
 import os
 
 import torch
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish(session):
+    # Every training ends in a collection, which would look at all that pytest has imported.
+    gc.collect()
+    gc.freeze()
 
 
 def _keep_few(config, items):

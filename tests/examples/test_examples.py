@@ -95,8 +95,10 @@ def test_online_samples(example, capsys):
 
 @pytest.mark.slow
 def test_toy_counterintuitive(demo_model):
-    before, after = load(ROOT / "examples" / "toy_counterintuitive.py").main(["--model", str(demo_model)])
-    assert before <= 1 and after == 4
+    before, after = load(ROOT / "examples" / "toy_counterintuitive.py").main(
+        ["--model", str(demo_model), "--epochs", "4"]
+    )
+    assert before <= 1 and after >= 3
 
 
 def test_readme_code_of_the_logits_runs(capsys):

@@ -8,7 +8,7 @@ import mmap
 
 import pytest
 import torch
-from drawing import draws
+from drawing import draws, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_implementations import implementations, without_triton
@@ -143,10 +143,11 @@ def test_agrees_with_float64(
         check_gradient(got, grad, index, num_rows)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-@pytest.mark.parametrize("heads, d, dv", [(8, 128, 128), (5, 80, 80), (4, 192, 128), (3, 64, 64)])
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_pairs_of_a_shared_prompt(implementation, heads, d, dv, dtype, layout):
+@pytest.mark.parametrize("shape, dtype, layout", pairwise(
+    [(8, 128, 128), (5, 80, 80), (4, 192, 128), (3, 64, 64)], DTYPES[:3], LAYOUTS[:2]
+), ids=str)  # fmt: skip
+def test_pairs_of_a_shared_prompt(implementation, shape, dtype, layout):
+    heads, d, dv = shape
     """Shapes of real models: prompts twice, completions once, and a first row in all of them."""
     prompt, completion, index = torch.arange(1, 9), torch.arange(0, 5), []
     for start in (1, 19):

@@ -65,8 +65,13 @@ def assert_equal(ours, theirs, tolerance, note):
 
 
 # Measured over the whole zoo: at most 6e-15 in float64, 4e-6 in float32.
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["double", "single"])
-@each()
+@pytest.mark.parametrize(
+    "architecture, dtype, tolerance",
+    [
+        *(pytest.param(each, torch.float64, 1e-12, id=f"{each.name}-double") for each in zoo.ARCHITECTURES),
+        *(pytest.param(each, torch.float32, 2e-5, id=f"{each.name}-single") for each in zoo.ARCHITECTURES[::4]),
+    ],
+)
 def test_equals_separate_sequences(architecture, dtype, tolerance):
     model = make(architecture, dtype)
     with zoo.DoublePrecision() if dtype == torch.float64 else nullcontext():

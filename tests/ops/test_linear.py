@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from drawing import pairwise
 from oracle import linear_token_logprobs
 from tiny import device_for
 
@@ -23,14 +24,12 @@ def draw(n=37, d=16, v=131, dtype=torch.float32, bias=False, seed=0, device="cpu
     return hidden.to(device), weight.to(device), labels.to(device), offset, grad.to(device)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("trained", ["both", "hidden", "weight", "none"])
-@pytest.mark.parametrize("rows_a_tile", [1, 7, 1000])
-@pytest.mark.parametrize(
-    "options",
+@pytest.mark.parametrize("impl, trained, rows_a_tile, options", pairwise(
+    IMPLS,
+    ["both", "hidden", "weight", "none"],
+    [1, 7, 1000],
     [{}, {"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3}, {"bias": True}],
-    ids=["plain", "z", "bias"],
-)
+), ids=str)  # fmt: skip
 def test_values_and_gradients(impl, trained, rows_a_tile, options):
     hidden, weight, labels, bias, grad = draw(bias=options.get("bias", False), device=device_for(impl))
     options = {name: value for name, value in options.items() if name != "bias"}

@@ -4,7 +4,6 @@ import importlib
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,17 +23,6 @@ RUN = {
     "logging_steps": 1, "bf16": False, "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
 }  # fmt: skip
 MADE = {"kto": (KTOTrainer, KTOConfig), "orpo": (ORPOTrainer, ORPOConfig), "cpo": (CPOTrainer, CPOConfig)}
-
-
-@pytest.fixture(autouse=True)
-def no_measuring(monkeypatch):
-    """Every run would time matrix products for its `perf/mfu`, and collect garbage: a second each."""
-    import accelerate.utils.memory as memory
-
-    import fastdpo.trainer.metrics as metrics
-
-    monkeypatch.setattr(metrics, "gemm_flops_per_second", lambda *of: 1e12)
-    monkeypatch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 def run_of(tmp_path, what, rows, model=None, **options):

@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,17 +20,6 @@ RUN = {
     "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 1.0, "max_steps": 2, "gradient_checkpointing": False,
     "train_sampling_strategy": "sequential",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_measuring(monkeypatch):
-    """Every run would time matrix products for its `perf/mfu`, and collect garbage: a second each."""
-    import accelerate.utils.memory as memory
-
-    import fastdpo.trainer.metrics as metrics
-
-    monkeypatch.setattr(metrics, "gemm_flops_per_second", lambda *of: 1e12)
-    monkeypatch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 def list_rows(count=8, seed=0, prompt=(2, 12), answer=(1, 8)):

@@ -22,17 +22,6 @@ ROWS = random_rows(4 * STEPS, seed=1, prompt=(2, 12))
 HOW = pytest.mark.parametrize("how", ["online", pytest.param("cache", marks=pytest.mark.slow)])
 
 
-@pytest.fixture(autouse=True)
-def no_measuring(monkeypatch):
-    """Every run would time matrix products for its `perf/mfu`, and collect garbage: a second each."""
-    import accelerate.utils.memory as memory
-
-    import fastdpo.trainer.metrics as metrics
-
-    monkeypatch.setattr(metrics, "gemm_flops_per_second", lambda *of: 1e12)
-    monkeypatch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
-
-
 def lora(**options):
     return peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | options))
 

@@ -21,14 +21,6 @@ from fastdpo.types import DataError, UserError
 METRICS = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
 
 
-@pytest.fixture(autouse=True)
-def no_measuring(monkeypatch):
-    """Every run would time matrix products for its `perf/mfu`."""
-    import fastdpo.trainer.metrics as metrics
-
-    monkeypatch.setattr(metrics, "gemm_flops_per_second", lambda *of: 1e12)
-
-
 def options_of(tmp_path, **options):
     defaults = {
         "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4,
@@ -501,23 +493,17 @@ def whole(rows):
     return [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
 
 
+# Others stand in test_runs_against_trl.
 SAME = {
-    "text": {},
-    "long rows": {"max_length": 14},
     "text without prompts": {"rows": whole},
-    "messages": {"rows": as_chat},
     "messages without prompts": {"rows": lambda rows: whole(as_chat(rows))},
     "token ids": {"rows": lambda rows: [
         {f"{side}_ids": word_tokenizer()(row[side])["input_ids"] for side in ("chosen", "rejected")}
         for row in whole(rows)
     ]},
-    "margins": {"rows": with_margins},
-    "centred": {"center_rewards_coefficient": 0.1},
-    "accumulated": {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0},
     "padding of its own": {"pad_token": "<unk>"},
     # Its last bias moves all scores alike and has no gradient but rounding, which Adam would blow up.
     "gpt2": {"kind": "gpt2", "optim": "sgd"},
-    "lora": {"lora": True},
     "padded": {"own": {"packing": "padded"}},
 }  # fmt: skip
 

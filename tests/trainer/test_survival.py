@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tiny import random_rows, tiny_model, word_tokenizer
@@ -23,17 +22,6 @@ from fastdpo.types import DataError, UserError
 sys.path.insert(0, str(Path(__file__).parent))
 interrupted_run = importlib.import_module("interrupted_run")
 start, marked_rows = interrupted_run.start, interrupted_run.marked_rows
-
-
-@pytest.fixture(autouse=True)
-def no_measuring(monkeypatch):
-    """Every run would time matrix products for its `perf/mfu`, and collect garbage: a second each."""
-    import accelerate.utils.memory as memory
-
-    import fastdpo.trainer.metrics as metrics
-
-    monkeypatch.setattr(metrics, "gemm_flops_per_second", lambda *of: 1e12)
-    monkeypatch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 CODES = {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 128 + signal.SIGTERM}
