@@ -57,7 +57,7 @@ def run_part(command: list[str], limit: int) -> dict[str, Any]:
         if "pytest" in command:
             command = [*command, f"--junitxml={report}"]
         began = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, preexec_fn=_hear_interrupts)
         code: int | str
         if ended_within(process, limit):
             code = process.returncode
@@ -69,6 +69,11 @@ def run_part(command: list[str], limit: int) -> dict[str, Any]:
                 process.wait()
         part = {"exit": code, "seconds": round(time.perf_counter() - began, 1)}
         return {**part, **test_counts(report)} if report.exists() else part
+
+
+def _hear_interrupts() -> None:
+    """Programs started in the background (`nohup make test-gpu &`) ignore SIGINT, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ended_within(process: subprocess.Popen[bytes], seconds: float) -> bool:

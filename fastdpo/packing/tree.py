@@ -51,10 +51,9 @@ class Tree:
 
 
 class SortedSequences:
-    """Token sequences (1-D int64) in lexicographic order: the trees of any run of them, and what those cost.
+    """Token sequences (1-D int64) in lexicographic order: their tree, and the tokens that any run of them takes.
 
-    The tokens that a packed row runs and the tree that it is laid out by come from here both, so that a batch is cut
-    by what it really takes.
+    Both come from here, so that a batch is cut by the tokens that its packed rows really hold.
     """
 
     def __init__(self, sequences: Sequence[np.ndarray]) -> None:
@@ -67,7 +66,7 @@ class SortedSequences:
         ]  # tokens in common with the sequence before
 
     def num_tokens(self, first: int = 0, end: int | None = None) -> int:
-        """Tokens that the sequences numbered [first, end) take in one row: the nodes' lengths of `tree(first, end)`."""
+        """Tokens that the sequences numbered [first, end) take in one row: the nodes' lengths of their tree."""
         unshared, shared = self._unshared_and_shared(self._run(first, end))
         return shared if pays(unshared - shared, unshared) else unshared
 
@@ -79,9 +78,9 @@ class SortedSequences:
         """`num_tokens` of all were no beginning shared, but for sequences that another begins with."""
         return self._unshared_and_shared(self._run(0, None))[0]
 
-    def tree(self, first: int = 0, end: int | None = None) -> Tree:
-        """Of the sequences numbered [first, end), which are numbered from 0 in it; first come, first placed."""
-        run = self._run(first, end)
+    def tree(self) -> Tree:
+        """First come, first placed."""
+        run = self._run(0, None)
         unshared, shared = self._unshared_and_shared(run)
         if not pays(unshared - shared, unshared):
             # A sequence that another begins with lies within it at no price: there is nothing to gather for it.
@@ -91,8 +90,8 @@ class SortedSequences:
                 for (number, common), before in zip(run, lengths, strict=False)
             ]
         root = Node(-1, 0, 0)
-        _insert(root, [(number - first, self.lengths[number], common) for number, common in run])
-        return _depth_first(root, len(self.lengths[first:end]))
+        _insert(root, [(number, self.lengths[number], common) for number, common in run])
+        return _depth_first(root, len(self.lengths))
 
     def _run(self, first: int, end: int | None) -> list[tuple[int, int]]:
         """Of the sequences [first, end), without empty ones, in order: number, and tokens in common with the last."""

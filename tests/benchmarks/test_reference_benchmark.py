@@ -178,6 +178,8 @@ def test_driver_runs_scripts_that_exist():
     commands = [command for command, _ in gpu.parts("bench", "results").values()]
     assert "benchmarks/reference/precompute_gpu.py" in [command[0] for command in commands]
     assert all((ROOT / command[0]).is_file() for command in commands)
+    tests = [word for command, _ in gpu.parts("test", "x").values() for word in command if word.startswith("tests/")]
+    assert len(tests) >= 4 and all((ROOT / word).exists() for word in tests)
 
 
 def test_gpu_script_runs_at_toy_size(tmp_path):
