@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -106,9 +106,15 @@ def launch(
     return {name: compiled for name, compiled in kernels.items() if compiled is not None}
 
 
-def variants(essential: bool) -> Iterator[tuple[dict[str, Any], Any]]:
-    """What each variant is, how many kernels its shapes need, and the kernel for the first of them."""
-    for edges, dtype, softcap in itertools.product(SHAPES, (torch.bfloat16, torch.float32), (None, 30.0)):
+def variants(whole: Sequence[int]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What each variant is, how many kernels its shapes need, and the kernel for the first of them.
+
+    whole  of the eight combinations of edges, dtype and softcap, the numbers of those of which all variants are made;
+           of the others only those that need the most registers
+    """
+    combinations = itertools.product(SHAPES, (torch.bfloat16, torch.float32), (None, 30.0))
+    for number, (edges, dtype, softcap) in enumerate(combinations):
+        essential = number not in whole
         if essential and (dtype, softcap) != (torch.bfloat16, 30.0):
             continue
         cases = [(True, "in place"), (True, "one pass")]
@@ -146,9 +152,9 @@ def gather_launch(heads: tuple[int, int, int], rows: tuple[int, int, bool], dtyp
     return {"gather": forward.compiled, "gather backward": backward.compiled}
 
 
-def gather_variants(essential: bool) -> Iterator[tuple[dict[str, Any], Any]]:
-    """As `variants`; the heads that need the most registers are the last."""
-    for heads, dtype in itertools.product(HEADS[-1:] if essential else HEADS, (torch.bfloat16, torch.float32)):
+def gather_variants(whole: Sequence[int]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """As `variants`, where anything is whole; the heads that need the most registers are the last."""
+    for heads, dtype in itertools.product(HEADS if whole else HEADS[-1:], (torch.bfloat16, torch.float32)):
         launches = [gather_launch(heads, rows, dtype) for rows in GATHERS]
         for kernel, compiled in launches[0].items():
             name = f"{str(dtype).removeprefix('torch.')} {' '.join(map(str, heads))}"
@@ -185,12 +191,12 @@ def hip_resources(assembly: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--essential", action="store_true", help="only the kernels that need the most registers")
+    parser.add_argument("--whole", type=int, nargs="*", default=range(8), help="see `variants`; default: all")
     parser.add_argument("gpu", nargs="+", help="sm_90, gfx942")
     arguments = parser.parse_args()
     for gpu in arguments.gpu:
         triton.runtime.driver.set_active(MockDriver(gpu))
-        for what, kernel in itertools.chain(variants(arguments.essential), gather_variants(arguments.essential)):
+        for what, kernel in itertools.chain(variants(arguments.whole), gather_variants(arguments.whole)):
             asm = kernel.asm
             made = cuda_resources(asm["cubin"]) if "cubin" in asm else hip_resources(asm["amdgcn"])
             print(json.dumps({"gpu": gpu, **what, **made}), flush=True)

@@ -13,7 +13,7 @@ from tiny import in_double_precision, tiny_model, word_tokenizer
 import fastdpo
 import fastdpo.trainer
 
-STEPS, BATCH, MAX_LENGTH = 20, 4, 16
+STEPS, BATCH, MAX_LENGTH = 10, 4, 16
 WORDS = ["a", "b", "c", "d", "e", "yes", "no", "why", "hello"]
 # Times; and transformers' estimate of FLOPs by the number of elements in a batch, whatever they are.
 NOT_COMPARED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "total_flos")
@@ -154,7 +154,7 @@ class Runs:
             "per_device_train_batch_size": BATCH,
             "per_device_eval_batch_size": BATCH,
             "max_steps": STEPS,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "logging_steps": 1,
             "max_length": MAX_LENGTH,
             "bf16": False,
