@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
+import drawing
 import pytest
 import triton_interpreter
 
@@ -19,7 +20,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fast", action="store_true", help="no slow test, and of each other one the first and last case")
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="no slow test, and of each other one the first and last case, or a tenth of the drawn ones",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--fast"):
+        drawing.share = 0.1
 
 
 def pytest_report_header():
@@ -44,12 +54,13 @@ def pytest_collection_finish(session):
 
 
 def _keep_few(config, items):
-    """Of each test function the first and the last case, those marked slow left out."""
+    """Of each test function the first and the last case, those marked slow left out; where models train, the first."""
     cases = {}
     for item in items:
         if not item.get_closest_marker("slow"):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {item for own in cases.values() for item in (own[0], own[-1])}
+    kept = {own[0] for own in cases.values()}
+    kept |= {own[-1] for own in cases.values() if own[0].path.parent.name not in ("trainer", "models", "kernels")}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

@@ -7,14 +7,18 @@ from hypothesis import HealthCheck, settings
 
 # `make test-explore`: new cases in every run, and this many times as many. Else every run draws the same.
 EXPLORE = int(os.environ.get("FASTDPO_EXPLORE", "0"))
+share = 1.0  # of the cases; set before a test's module is imported
 
 
 def draws(count):
     """Hypothesis settings for `count` examples."""
     return settings(
-        max_examples=count * max(1, EXPLORE), deadline=None, derandomize=not EXPLORE, print_blob=True,
+        max_examples=max(1, round(count * share * max(1, EXPLORE))),
+        deadline=None,
+        derandomize=not EXPLORE,
+        print_blob=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )  # fmt: skip
+    )
 
 
 def pairwise(*values):

@@ -227,6 +227,7 @@ def compiled_layers(model, **options):
         layer.forward = torch.compile(layer.forward, backend="aot_eager", **options)
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_compiled_once_for_all_lengths():
     from torch._dynamo.utils import counters
 
@@ -246,6 +247,7 @@ def test_compiled_layers_are_compiled_once_for_all_lengths():
     assert 0 < graphs[0] < graphs[1] == graphs[-1]  # the second length makes the graphs dynamic
 
 
+@pytest.mark.slow
 def test_compiled_layers_call_a_kernel_without_a_graph_break(monkeypatch):
     """A stand-in of varlen_attn's signature that can be traced, as the kernel's operator can."""
 

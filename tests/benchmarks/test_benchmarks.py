@@ -36,6 +36,7 @@ def measured(problem, variants):
     return {mode: result["variants"] for mode, result in part["modes"].items()}
 
 
+@pytest.mark.slow
 def test_kernel_benchmark_runs_at_toy_size(tmp_path):
     out = run("benchmarks/kernels/logprobs.py", "--tiny", "--only", "fastdpo", "eager", "--results", str(tmp_path))
     (written,) = tmp_path.glob("*/tiny.json")
@@ -53,6 +54,7 @@ def test_kernel_benchmark_runs_at_toy_size(tmp_path):
                 assert (row["backward_ms"] is None) == (mode == "no grad")
 
 
+@pytest.mark.slow
 def test_train_step_benchmark_runs_at_toy_size(tmp_path):
     out = run("benchmarks/step/train_step.py", "--tiny", "--shapes", "hh", "8 completions", "--results", str(tmp_path))
     (written,) = tmp_path.glob("*/tiny-train_step.json")
@@ -69,6 +71,7 @@ def test_train_step_benchmark_runs_at_toy_size(tmp_path):
         assert rows["prefix"]["tokens"] < rows["varlen"]["tokens"] <= rows["padded"]["tokens"]
 
 
+@pytest.mark.slow
 def test_gather_benchmark_runs_at_toy_size(tmp_path):
     run("benchmarks/kernels/gather.py", "--tiny", "--results", str(tmp_path))
     (written,) = tmp_path.glob("*/tiny-gather.json")
@@ -319,12 +322,14 @@ def test_cpu_claims_in_one_process():
     assert "no grad" not in result["modes"] and "0.250" in cpu_claims.report(result)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about CPUs")
 def test_cpu_claims_measure_memory_in_a_fresh_process():
     peak = cpu_claims.memory_in_a_process("dpo", "trainable", "eager", tiny=True)
     assert peak is None or 0 <= peak < 1 << 28
 
 
+@pytest.mark.slow
 def test_pytest_front_end(tmp_path):
     if importlib.util.find_spec("pytest_benchmark") is None:
         pytest.skip("pytest-benchmark is not installed")

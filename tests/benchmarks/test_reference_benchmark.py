@@ -182,6 +182,7 @@ def test_driver_runs_scripts_that_exist():
     assert len(tests) >= 4 and all((ROOT / word).exists() for word in tests)
 
 
+@pytest.mark.slow
 def test_gpu_script_runs_at_toy_size(tmp_path):
     run("benchmarks/reference/precompute_gpu.py", "--tiny", "--results", tmp_path)
     (written,) = tmp_path.glob("*/tiny-reference_gpu.json")

@@ -441,6 +441,7 @@ def test_permission_denied(name):
         closed.chmod(mode)
 
 
+@pytest.mark.slow
 def test_long_lines(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     long = b"x" * 100_000_000
@@ -521,6 +522,7 @@ def test_good_ids_are_checked_without_an_object_a_token(tmp_path, monkeypatch):
 # Memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_memory_stays_flat_however_long_the_file(tmp_path, name):
     row = lines([{**TEXT[0], "chosen": "yes " * 2500}])

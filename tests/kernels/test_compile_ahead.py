@@ -36,6 +36,7 @@ def split_by_width(counts: dict[str, int]) -> tuple[int, int]:
     return wide, sum(counts.values()) - wide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", TARGETS)
 def test_no_spills_and_wide_access(gpu, tmp_path):
     env = environment(TRITON_INTERPRET=None, TRITON_CACHE_DIR=tmp_path)

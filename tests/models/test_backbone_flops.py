@@ -45,6 +45,7 @@ def counted(model, batch):
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_work_is_proportional_to_unique_tokens(model, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # which does not know the meta device
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", products)

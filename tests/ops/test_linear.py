@@ -115,6 +115,7 @@ def test_a_gradient_of_the_gradient_raises(frozen):
         first[0].sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 def test_repeated_runs_are_bitwise_equal(impl):
     hidden, weight, labels, _, grad = draw(n=300, v=700, device=device_for(impl))

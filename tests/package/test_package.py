@@ -50,6 +50,7 @@ def test_import_is_light():
     assert bare == "" and used == "torch"
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_the_folder_kernels():
     """In the root, where a folder of that name stands: PyPI has a package `kernels`, which others look for."""
     done = python("import fastdpo, transformers; from transformers import Trainer")
@@ -63,6 +64,7 @@ def test_nothing_is_said_of_the_folder_kernels():
     assert said.split() == ["something", "else"]
 
 
+@pytest.mark.slow
 def test_fastdpo_loss_stays_a_function():
     python(
         "import fastdpo, fastdpo.losses, fastdpo.functional, fastdpo.reference; from types import FunctionType; "

@@ -155,6 +155,7 @@ def test_several_depths():
     assert row.layout.k_lengths[:3] == (38, 39, 32)
 
 
+@pytest.mark.slow
 def test_deep_trees_need_no_recursion():
     sequences = [([3] * n, [4]) for n in range(1, 1500)]
     row = pack(sequences)

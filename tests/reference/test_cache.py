@@ -516,6 +516,7 @@ def test_damage_in_log_probs_is_found_when_they_are_read(tmp_path):
     check(cache, expected | kept)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_gives_wrong_values(tmp_path):
     """Headers and the footer have no checksum of their own; a digest, the counts and the sums stand in."""
     expected = values(12, seed=5)
@@ -617,6 +618,7 @@ def test_a_folder_that_may_only_be_read(tmp_path, monkeypatch):
     (tmp_path / "c").chmod(0o700)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(tmp_path):
     """A limit on the size of files fails in the midst of a shard, as a full disk does."""
     cache = ReferenceCache(tmp_path / "c", FINGERPRINT)

@@ -60,6 +60,7 @@ def test_only_what_is_new_is_computed(tmp_path, scored):
     assert sum(scored) == 1 + 6
 
 
+@pytest.mark.slow
 def test_ten_rows_more_of_ten_thousand(tmp_path, scored):
     model, rows = tiny_model(num_hidden_layers=1, hidden_size=16), random_rows(10_010, seed=3, answer=(3, 6))
     cache = precompute(model, rows[:10_000], tmp_path / "c", progress=False)

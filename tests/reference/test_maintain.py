@@ -141,6 +141,7 @@ def test_every_bad_shard_is_named(tmp_path):
     check(ReferenceCache(folder, FINGERPRINT), kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_token", [True, False])
 def test_damage_anywhere_in_a_shard_is_found(tmp_path, per_token):
     """Or it changes no value: a byte of the footer's statistics or of a name that nobody reads."""

@@ -226,6 +226,7 @@ def test_a_backend_that_is_not_there_is_refused_at_construction(tmp_path):
         trainer(tmp_path, packing="prefix", attention_backend="flash_attn")
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_same_curve_and_compiles_no_more_for_new_lengths(tmp_path):
     from torch._dynamo.utils import counters
 

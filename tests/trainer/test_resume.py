@@ -81,6 +81,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, name):
     assert_same(resumed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_measuring_the_machine_draws_nothing_from_the_runs_random_numbers(tmp_path, dropout):
     """perf/mfu times a matrix product at the first log, of this process: whether it was resumed or not."""
@@ -90,6 +91,7 @@ def test_measuring_the_machine_draws_nothing_from_the_runs_random_numbers(tmp_pa
     assert_same(start(tmp_path / "run", resume=True, **options).result(), whole)
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice(tmp_path):
     """The second time before the first log that the resumed process would have made."""
     options = {"logging_steps": 5, "sync_ref_model": True, "ref_model_sync_steps": 1}
@@ -127,6 +129,7 @@ def test_two_processes_count_the_tokens_of_both(tmp_path):
         assert logged == [entry.get("num_tokens") for entry in one]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_program_resumes(tmp_path):
     """Without fastdpo_state.json the first means begin at the checkpoint, and are means of what they say."""
     options = {"logging_steps": 1}
@@ -139,6 +142,7 @@ def test_a_checkpoint_of_another_program_resumes(tmp_path):
         assert {**ours, "num_tokens": 0} == {**theirs, "num_tokens": 0}
 
 
+@pytest.mark.slow
 def test_means_of_a_foreign_checkpoint_between_two_logs(tmp_path):
     """Of the steps since the checkpoint."""
     options = {"logging_steps": 5}
@@ -160,6 +164,7 @@ def test_a_moving_reference_is_not_made_up(tmp_path):
     assert "holds no reference.safetensors, and sync_ref_model=True has moved the reference" in run.said()
 
 
+@pytest.mark.slow
 def test_the_mean_loss_of_a_resumed_call_is_that_of_its_own_steps(tmp_path):
     """train() returns the mean over the steps that it has run; what was logged before is none of them."""
     each = [entry["loss"] for entry in start(tmp_path / "each").result()["history"] if "loss" in entry]
@@ -169,6 +174,7 @@ def test_the_mean_loss_of_a_resumed_call_is_that_of_its_own_steps(tmp_path):
     assert resumed["train_loss"] == pytest.approx(sum(each[3:]) / 3, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["trainer_state.json", "model.safetensors"])
 def test_a_checkpoint_that_was_broken_off_is_not_resumed_from(tmp_path, broken):
     """Killed while it wrote a checkpoint, a run goes on from the one before (resume_from_checkpoint=True)."""

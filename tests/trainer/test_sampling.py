@@ -401,6 +401,7 @@ def test_an_order_without_epochs_can_be_balanced():
 # Speed
 
 
+@pytest.mark.slow
 def test_an_epoch_of_a_million_rows_takes_no_step_of_python_for_each():
     rng = np.random.default_rng(0)
     lengths, groups = rng.integers(1, 2000, 10**6), rng.integers(0, 400_000, 10**6)

@@ -58,6 +58,7 @@ def test_a_signal_in_the_middle_of_a_step(tmp_path, whole, number):
     assert_resumes_to(whole, tmp_path, logging_steps=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "event, step, saved",
     [
@@ -97,6 +98,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert not checkpoints(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_a_signal_to_the_workers_of_the_data_loader_too(tmp_path, whole, number):
     """A terminal sends Ctrl-C to all processes of the program, a batch system SIGTERM."""
@@ -110,6 +112,7 @@ def test_a_signal_to_the_workers_of_the_data_loader_too(tmp_path, whole, number)
     assert_resumes_to(whole, tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_accumulated_steps_are_brought_to_their_end(tmp_path):
     options = {"gradient_accumulation_steps": 2, "max_tokens_per_microbatch": 60, "max_steps": 4}
     undisturbed = start(tmp_path / "whole", **options).result()
@@ -132,6 +135,7 @@ def test_ctrl_c_then_a_second_call_in_the_same_process(tmp_path, whole):
     assert ended["history"] == whole["history"] and ended["weights"] == whole["weights"]
 
 
+@pytest.mark.slow
 def test_two_ctrl_c_then_a_second_call_in_the_same_process(tmp_path, whole):
     """What stopped the first call is no wish about the second."""
     run = start(tmp_path, logging_steps=2, pause_at=3, twice=True, save_strategy="steps", save_steps=2)
