@@ -94,16 +94,19 @@ def reserved_port():
 
 
 def run_script(path, *arguments, processes=1, folder, **variables):
-    """Runs a script of tests/ in processes forked from one that has imported everything: no ten seconds to begin.
+    """Runs a script of the checkout in processes forked from one that has imported everything: no ten seconds to begin.
 
     processes  ranks, side by side, which meet at a port of their own
     folder     where what they print is kept
-    variables  of the environment
+    variables  of the environment; without those that are None
+
+    Returns what process 0 has printed.
     """
-    words = [str(word) for word in (ROOT / "tests" / path, *arguments)]
+    words = [str(word) for word in (ROOT / path, *arguments)]
     with ranks_of(processes) as ranks:
         workers = [Worker(folder, _script, words, {**variables, **rank}) for rank in ranks]
         end_all(*workers)
+    return workers[0].printed()
 
 
 def run_fastdpo(*words, processes=1, folder, **variables):
@@ -128,12 +131,19 @@ def ranks_of(processes):
 def _command(words, variables):
     from fastdpo.cli import main
 
-    os.environ.update({name: str(value) for name, value in variables.items()})
+    _set(variables)
     sys.exit(main(words))
 
 
+def _set(variables):
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = str(value)
+
+
 def _script(words, variables):
-    os.environ.update({name: str(value) for name, value in variables.items()})
+    _set(variables)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 

@@ -38,7 +38,8 @@ def measured(problem, variants):
 
 @pytest.mark.slow
 def test_kernel_benchmark_runs_at_toy_size(tmp_path):
-    out = run("benchmarks/kernels/logprobs.py", "--tiny", "--only", "fastdpo", "eager", "--results", str(tmp_path))
+    words = ["--tiny", "--only", "fastdpo", "eager", "--results", tmp_path]
+    out = processes.run_script("benchmarks/kernels/logprobs.py", *words, folder=tmp_path)
     (written,) = tmp_path.glob("*/tiny.json")
     record = json.loads(written.read_text())
     assert {"device", "versions", "commit", "date"} <= set(record)
@@ -56,7 +57,8 @@ def test_kernel_benchmark_runs_at_toy_size(tmp_path):
 
 @pytest.mark.slow
 def test_train_step_benchmark_runs_at_toy_size(tmp_path):
-    out = run("benchmarks/step/train_step.py", "--tiny", "--shapes", "hh", "8 completions", "--results", str(tmp_path))
+    words = ["--tiny", "--shapes", "hh", "8 completions", "--results", tmp_path]
+    out = processes.run_script("benchmarks/step/train_step.py", *words, folder=tmp_path)
     (written,) = tmp_path.glob("*/tiny-train_step.json")
     record = json.loads(written.read_text())
     assert record["complete"] and record["problems"] == []
@@ -73,7 +75,7 @@ def test_train_step_benchmark_runs_at_toy_size(tmp_path):
 
 @pytest.mark.slow
 def test_gather_benchmark_runs_at_toy_size(tmp_path):
-    run("benchmarks/kernels/gather.py", "--tiny", "--results", str(tmp_path))
+    processes.run_script("benchmarks/kernels/gather.py", "--tiny", "--results", tmp_path, folder=tmp_path)
     (written,) = tmp_path.glob("*/tiny-gather.json")
     parts = json.loads(written.read_text())["parts"]
     assert [part["group"] for part in parts[::2]] == list(gather.GROUPS)

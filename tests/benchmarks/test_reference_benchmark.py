@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from checkout import ROOT
-from processes import run
+from processes import run, run_script
 from tiny import naive_sequence_logps, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -184,7 +184,7 @@ def test_driver_runs_scripts_that_exist():
 
 @pytest.mark.slow
 def test_gpu_script_runs_at_toy_size(tmp_path):
-    run("benchmarks/reference/precompute_gpu.py", "--tiny", "--results", tmp_path)
+    run_script("benchmarks/reference/precompute_gpu.py", "--tiny", "--results", tmp_path, folder=tmp_path)
     (written,) = tmp_path.glob("*/tiny-reference_gpu.json")
     record = json.loads(written.read_text())
     assert record["complete"] and record["problems"] == []

@@ -119,5 +119,5 @@ def test_a_copied_model_stays_apart():
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2-lora"])
 def test_a_loop_of_ones_own_on_two_processes(tmp_path, way):
     """batch_loss on a wrapped or sharded model: the gradients of one process with all pairs."""
-    run_script("models/systems_run.py", way, tmp_path, processes=2, folder=tmp_path)
+    run_script("tests/models/systems_run.py", way, tmp_path, processes=2, folder=tmp_path)
     assert len(list(tmp_path.glob("equal-*"))) == 2

@@ -14,7 +14,7 @@ from tiny import random_rows, tiny_model
 from fastdpo.reference import ReferenceCache, fill, fill_cache, model_fingerprint
 
 PASSES = 2  # a shard
-ROWS, SEQUENCES = 9, 18
+ROWS, SEQUENCES = 7, 14
 
 
 def rows():

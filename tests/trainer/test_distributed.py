@@ -13,7 +13,7 @@ def curve(folder, processes, **options):
     folder.mkdir()
     variables = {"FASTDPO_CACHE": folder / "cache", "DS_ACCELERATOR": "cpu"}
     words = [folder, json.dumps(options)]
-    run_script("trainer/distributed_run.py", *words, processes=processes, folder=folder, **variables)
+    run_script("tests/trainer/distributed_run.py", *words, processes=processes, folder=folder, **variables)
     passes = [json.loads((folder / f"passes-{i}.json").read_text()) for i in range(processes)]
     return json.loads((folder / "curve.json").read_text()), passes
 

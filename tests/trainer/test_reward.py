@@ -439,7 +439,7 @@ def test_models_that_give_no_score(tmp_path):
 
 def curve(folder, processes, **options):
     folder.mkdir()
-    run_script("trainer/reward_run.py", folder, json.dumps(options), processes=processes, folder=folder)
+    run_script("tests/trainer/reward_run.py", folder, json.dumps(options), processes=processes, folder=folder)
     return json.loads((folder / "curve.json").read_text())
 
 
