@@ -23,11 +23,11 @@ demo: $(VENV)/.demo
 	$(BIN)/fastdpo demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A case or two of everything that is not slow: after each edit.
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --fast
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --fast
 
 # The tests that compare numbers, under other machines' arithmetic and load; ARGS='--only loaded' is one setting.
 test-portable: $(VENV)/.dev
