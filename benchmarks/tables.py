@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MISSING = "not measured"
-sys.path.insert(0, str(ROOT / "benchmarks" / "step"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "step")]
 
+from turns import Spread  # noqa: E402
 from workloads import PLANS, REFERENCE_PAIRS, REFERENCE_PLANS, Part  # noqa: E402
 
 
@@ -40,7 +40,7 @@ def step_hh_cpu() -> str:
         ]
         ratios, memory = record["ratios"], record["ratio_peak_memory_gb"]
         for label, key, shown in (
-            ("training step with cached reference, s a pair", "seconds_a_pair", ratios and _spread(ratios)),
+            ("training step with cached reference, s a pair", "seconds_a_pair", ratios and Spread.of(ratios).told(2)),
             ("start: tokenizing and reference log-probs, s", "start_seconds", "see below"),
             ("peak memory, GB", "peak_memory_gb", memory and f"{memory:.2f}"),
         ):
@@ -52,10 +52,6 @@ def step_hh_cpu() -> str:
             "",
         ]
     return "\n".join(lines).strip() or f"{MISSING}: run `make bench`"
-
-
-def _spread(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 STEP_COMMANDS = {"cpu": "make bench", "cuda": "make bench-gpu"}

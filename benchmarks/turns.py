@@ -31,8 +31,11 @@ class Spread(NamedTuple):
     def of(cls, ratios: Sequence[float]) -> Spread:
         return cls(statistics.median(ratios), min(ratios), max(ratios))
 
+    def told(self, digits: int) -> str:
+        return f"{self.median:.{digits}f} ({self.least:.{digits}f} to {self.greatest:.{digits}f})"
+
     def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.least:.3f} to {self.greatest:.3f})"
+        return self.told(3)
 
 
 class Contestant:

@@ -102,17 +102,17 @@ def run_script(path, *arguments, processes=1, folder, **variables):
 
     Returns what process 0 has printed.
     """
-    words = [str(word) for word in (ROOT / path, *arguments)]
-    with ranks_of(processes) as ranks:
-        workers = [Worker(folder, _script, words, {**variables, **rank}) for rank in ranks]
-        end_all(*workers)
-    return workers[0].printed()
+    return _in_ranks(_script, (ROOT / path, *arguments), processes, folder, variables)
 
 
 def run_fastdpo(*words, processes=1, folder, **variables):
     """`fastdpo` with these words, as `run_script` runs a script: what process 0 printed."""
+    return _in_ranks(_command, words, processes, folder, variables)
+
+
+def _in_ranks(function, words, processes, folder, variables):
     with ranks_of(processes) as ranks:
-        workers = [Worker(folder, _command, list(map(str, words)), {**variables, **rank}) for rank in ranks]
+        workers = [Worker(folder, function, list(map(str, words)), {**variables, **rank}) for rank in ranks]
         end_all(*workers)
     return workers[0].printed()
 
@@ -190,10 +190,10 @@ def end_all(*workers, codes=(0,)):
         failed = [each for each in workers if each.poll() not in (None, *codes)]
         running = [each for each in running if each.poll() is None]
         if failed or time.monotonic() > end:
-            what = f"with exit code {failed[0].poll()}" if failed else f"not after {PATIENCE} s"
+            what = f"ended with exit code {failed[0].poll()}" if failed else f"had not ended after {PATIENCE} s"
             for worker in running:
                 worker.kill()
-            fail(f"a process ended {what}", {f"process {n}": each.printed() for n, each in enumerate(workers)})
+            fail(f"a process {what}", {f"process {n}": each.printed() for n, each in enumerate(workers)})
     return [each.poll() for each in workers]
 
 

@@ -91,8 +91,6 @@ class PreferenceCollator:
 
     def microbatches(self, rows: Sequence[Mapping[str, Any]], count: int | None = None) -> MicroBatches:
         """The rows in `count` micro-batches of about the same number of tokens; default: as few as the budget lets."""
-        if not rows:
-            raise ValueError("the batch holds no row; leave empty batches out.")
         grouping = self._grouping(rows)
         budget, cost = self.max_tokens_per_microbatch, self._cost(grouping)
         if count is None:
@@ -111,8 +109,6 @@ class PreferenceCollator:
         return batches
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        if not rows:
-            raise ValueError("the batch holds no row; leave empty batches out.")
         grouping = self._grouping(rows)
         data, groups = grouping.data, grouping.groups
         if not any(len(prompt) + len(answer) for group in groups for prompt, answer in group):
@@ -150,6 +146,8 @@ class PreferenceCollator:
         return tuple(self._cut(row["prompt_ids"], completion) for completion in completions_of(row))
 
     def _grouping(self, rows: Sequence[Mapping[str, Any]]) -> Grouping:
+        if not rows:
+            raise ValueError("the batch holds no row; leave empty batches out.")
         data = kind_of_rows(rows)
         groups = tuple(self._group(row, number) for number, row in enumerate(rows))
         if data != "answers" or not self.mismatched:
