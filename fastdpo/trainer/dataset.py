@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from tqdm.auto import tqdm
 
 from fastdpo.data.tokenize import tokenized
@@ -31,7 +32,9 @@ from fastdpo.types import DataError
 
 logger = logging.getLogger(__name__)
 
-Cuts = dict[str, Any]  # how many tokens of "prompt" and "completion" stay; "data": what the first row is
+# How many tokens of "prompt" and "completion" stay; "data": what the first row is; "all_or_none", of streams: which of
+# those columns the first row has.
+Cuts = dict[str, Any]
 
 # The columns of a tokenized data set, whatever its rows are.
 KEPT = tuple(
@@ -41,6 +44,11 @@ KEPT = tuple(
         for name in (*ID_COLUMNS[data], *REFERENCES[data], *ROW_COLUMNS[data], "row_number")
     )
 )  # fmt: skip
+
+
+def all_or_none(columns: Iterable[str]) -> tuple[str, ...]:
+    """Columns that every row must have if any row has them: the reference's sums, and KTO's mismatched completions."""
+    return (*REFERENCES[data_of_fields(columns)], MISMATCHED, REF_MISMATCHED)
 
 
 def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> Any:
@@ -55,17 +63,14 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> An
     else:
         dataset = _from_dataset(dataset, tokenizer, name, cuts, args.dataset_num_proc)
     if isinstance(dataset, Dataset):
-        _check_references(dataset, name)
+        check_columns(dataset, name, *all_or_none(dataset.column_names))
     if args.max_length is None or args.truncation_mode != "keep_start":
         return dataset
-
-    def has_answer(row: dict[str, Any]) -> bool:
-        """keep_start would leave nothing of the answers of a row whose prompt fills max_length."""
-        return len(row["prompt_ids"]) < args.max_length
-
+    # Plain values, not `args`: the fingerprint of the data set's file in datasets' cache is made from them.
+    options: dict[str, Any] = {"fn_kwargs": {"max_length": args.max_length}}
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(has_answer)
-    kept = dataset.filter(has_answer, desc=f"checking lengths of {name}")
+        return dataset.filter(_leaves_a_completion, **options)
+    kept = dataset.filter(_leaves_a_completion, desc=f"checking lengths of {name}", **options)
     dropped = len(dataset) - len(kept)
     if dropped:
         logger.warning(
@@ -75,6 +80,11 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> An
     if not len(kept):
         raise no_row_left(name, args)
     return kept
+
+
+def _leaves_a_completion(row: dict[str, Any], max_length: int) -> bool:
+    """keep_start would leave nothing of the completions of a row whose prompt fills max_length."""
+    return len(row["prompt_ids"]) < max_length
 
 
 def no_row_left(name: str, args: Any) -> DataError:
@@ -129,20 +139,53 @@ def _from_list(rows: list[dict[str, Any]], tokenizer: Any, name: str, cuts: Cuts
         raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
     cuts = {**cuts, "data": data_of(rows[0])}
     with tqdm(rows, desc=f"tokenizing {name}", unit="row", disable=not progress, leave=False) as bar:
-        return Dataset.from_list([_tokenized(row, number, tokenizer, name, cuts) for number, row in enumerate(bar)])
+        return table_of([_tokenized(row, number, tokenizer, name, cuts) for number, row in enumerate(bar)])
+
+
+# The types of columns whose values need not tell them: of the first rows they may all be empty or None.
+_TYPES = {
+    **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", MISMATCHED), List(Value("int64"))),
+    "completions_ids": List(List(Value("int64"))),
+    **dict.fromkeys(("pair_weight", "margin", *REF_COLUMNS, REF_MISMATCHED), Value("float64")),
+    "row_number": Value("int64"),
+}
+
+
+def table_of(rows: list[dict[str, Any]]) -> Dataset:
+    """A data set with the columns that any row has, None where a row lacks one.
+
+    `Dataset.from_list` takes the columns of the first row for those of all.
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    others = Dataset.from_dict({name: values for name, values in columns.items() if name not in _TYPES}).features
+    return Dataset.from_dict(columns, Features({name: _TYPES.get(name) or others[name] for name in columns}))
+
+
+def features_after(dataset: Dataset, ids: Iterable[str], kept: Iterable[str]) -> Features:
+    """The columns of a tokenized data set: `ids`, a row's number, and those of `kept` that it has now.
+
+    datasets would take the types from the first rows that it writes, where prompts may all be empty.
+    """
+    names = dict.fromkeys([*(name for name in kept if name in dataset.column_names), *ids, "row_number"])
+    return Features({name: _TYPES.get(name) or dataset.features[name] for name in names})
 
 
 def _from_dataset(dataset: Any, tokenizer: Any, name: str, cuts: Cuts, num_proc: int | None) -> Any:
     if isinstance(dataset, Dataset) and not len(dataset):
         raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
     columns = columns_of(dataset)
-    cuts = {**cuts, "data": data_of(next(iter(dataset)))}
+    first = next(iter(dataset))
+    cuts = {**cuts, "data": data_of(first)}
+    if isinstance(dataset, IterableDataset):  # of which no one can count the rows beforehand
+        cuts["all_or_none"] = _given(first, all_or_none(columns))
     options: dict[str, Any] = {
         "fn_kwargs": {"tokenizer": tokenizer, "name": name, "cuts": cuts},
         "with_indices": True,
     }
     if isinstance(dataset, Dataset):
-        options |= {"num_proc": num_proc, "desc": f"tokenizing {name}"}
+        features = features_after(dataset, ID_COLUMNS[cuts["data"]], KEPT)
+        options |= {"num_proc": num_proc, "desc": f"tokenizing {name}", "features": features}
     return dataset.map(_tokenized, remove_columns=[column for column in columns if column not in KEPT], **options)
 
 
@@ -157,6 +200,8 @@ def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str, cuts
     problem = row_problem(row)
     if problem is None and data_of(row) != cuts["data"]:
         problem = f"it is one of {data_of(row)}, and the first row is one of {cuts['data']}; part them."
+    if problem is None and "all_or_none" in cuts:
+        problem = _difference(_given(row, all_or_none(row)), cuts["all_or_none"])
     if problem is not None:
         raise DataError(f"{where}: {problem}")
     ids = tokenized(row, tokenizer, where)
@@ -169,6 +214,17 @@ def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str, cuts
             ids[column] = [each[:end] for each in ids[column]] if lists else ids[column][:end]
     further = {column: row[column] for column in (MISMATCHED, REF_MISMATCHED) if column in row}
     return {**ids, **further, **_references(row, where), "row_number": row.get("row_number", number)}
+
+
+def _given(row: dict[str, Any], names: Iterable[str]) -> set[str]:
+    return {name for name in names if row.get(name) is not None}
+
+
+def _difference(own: set[str], first: set[str]) -> str | None:
+    for name in sorted(own ^ first):
+        has, other = ("has", "has none") if name in own else ("has no", "has one")
+        return f"it {has} {name}, and the first row {other}; add it to all rows or drop it from all."
+    return None
 
 
 def _references(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -192,19 +248,22 @@ def _sum(value: Any, name: str, where: str) -> float:
     return float(value)
 
 
-def _check_references(dataset: Dataset, name: str) -> None:
-    """All rows have them, or none: a table fills what is missing with None."""
-    names = REFERENCES[data_of_fields(dataset.column_names)]
-    given = [column for column in names if column in dataset.column_names]
-    if not given:
-        return
-    tables = dataset.select_columns(given).with_format("arrow").iter(10_000)
-    lacking = sum(table[column].null_count for table in tables for column in given)
-    if lacking:
-        raise DataError(
-            f"{lacking // len(given)} of {len(dataset)} rows of the {name} data set have no {', '.join(names)}, "
-            "and the others have; add them or drop the columns."
-        )
+def check_columns(dataset: Dataset, name: str, *columns: str) -> None:
+    """That all rows have a value in each of the columns, or none has: a table fills what is missing with None.
+
+    Raises:
+        DataError: some rows have it and others not; how many, the first of them, and the remedy.
+    """
+    for column in (each for each in columns if each in dataset.column_names):
+        tables = dataset.select_columns([column]).with_format("arrow").iter(10_000)
+        nulls = np.concatenate([table[column].is_null().to_numpy() for table in tables])
+        lacking = int(nulls.sum())
+        if lacking:
+            row = dataset[int(nulls.argmax())]["row_number"]
+            raise DataError(
+                f"{lacking} of {len(dataset)} rows of the {name} data set have no {column} (the first is row {row}, "
+                "counted from 0), and the others have; add it to these rows or drop the column."
+            )
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from torch import Tensor
 
-from fastdpo.data.validate import MISMATCHED, SIDES, implicit_prompt_length
+from fastdpo.data.validate import MISMATCHED, SIDES, data_of, implicit_prompt_length, is_tokenized
 from fastdpo.trainer.config import ReferenceConfig, option
 from fastdpo.trainer.constructors import ReferenceTrainer
 from fastdpo.trainer.dataset import columns_of
@@ -66,47 +66,82 @@ class KTOTrainer(ReferenceTrainer):
     def _prepared(self, dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
         if dataset is None:
             return None
-        prepared = super()._prepared(as_answers(dataset), tokenizer, args, name)
+        prepared = super()._prepared(as_answers(dataset, name), tokenizer, args, name)
         if not self._losses.needs_kl or MISMATCHED in columns_of(prepared):
             return prepared
         return with_mismatched(prepared, args.per_device_train_batch_size)
 
 
-def as_answers(dataset: Any) -> Any:
-    """Rows of pairs as rows of single answers, the chosen ones desirable; other rows as they are."""
+def as_answers(dataset: Any, name: str) -> Any:
+    """Rows of pairs as rows of single answers, the chosen ones desirable; other rows as they are.
+
+    Raises:
+        DataError: a row of pairs that cannot be used, or pairs and single answers in one data set.
+    """
     if isinstance(dataset, list):
-        if not dataset or not _are_pairs(dataset[0]):
+        if not any(map(_are_pairs, dataset)):
             return dataset
         starts = range(0, len(dataset), _CHUNK)
-        return [row for start in starts for row in _parted_rows(dataset[start : start + _CHUNK], start)]
+        return [row for start in starts for row in _parted_rows(dataset[start : start + _CHUNK], start, name)]
     columns = columns_of(dataset)
     if not _are_pairs(columns):
         return dataset
+    options: dict[str, Any] = {"features": _features_of_answers(dataset)} if isinstance(dataset, Dataset) else {}
+    options |= {"fn_kwargs": {"name": name}, "remove_columns": columns, "with_indices": True}
+    return dataset.map(_parted, batched=True, batch_size=_CHUNK, **options)
 
-    def parted(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        answers = list(_parted_rows(rows, numbers[0]))
-        return {column: [row.get(column) for row in answers] for column in answers[0]}
 
-    return dataset.map(parted, batched=True, batch_size=_CHUNK, remove_columns=columns, with_indices=True)
+def _parted(batch: dict[str, list[Any]], numbers: list[int], name: str) -> dict[str, list[Any]]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    answers = list(_parted_rows(rows, numbers[0], name))
+    names = dict.fromkeys(name for row in answers for name in row)
+    return {name: [row.get(name) for row in answers] for name in names}
 
 
 def _are_pairs(fields: Any) -> bool:
     return any(name in fields for side in SIDES for name in (side, f"{side}_ids"))
 
 
-def _parted_rows(rows: list[dict[str, Any]], first: int) -> Iterator[dict[str, Any]]:
+# What becomes of the columns of a side.
+_RENAMED = {
+    side: {side: "completion", f"{side}_ids": "completion_ids", f"ref_{side}_logps": "ref_logps"} for side in SIDES
+}
+_OF_SIDES = [name for names in _RENAMED.values() for name in names]
+
+
+def _features_of_answers(dataset: Dataset) -> Features:
+    """datasets would take the types of columns from the first rows, in which they may all be None."""
+    kinds = dataset.features
+    features = {name: kind for name, kind in kinds.items() if name not in _OF_SIDES}
+    if "chosen" in kinds and features.get("prompt", Value("null")) == Value("null"):
+        features["prompt"] = kinds["chosen"]
+    features |= {new: kinds[old] for old, new in _RENAMED["chosen"].items() if old in kinds}
+    return Features(features | {"label": Value("bool"), "row_number": Value("int64")})
+
+
+def _parted_rows(rows: list[dict[str, Any]], first: int, name: str) -> Iterator[dict[str, Any]]:
     """`first`: the number of the first of them in its data set, for messages."""
+    for number, row in enumerate(rows, first):
+        given = {key: value for key, value in row.items() if value is not None}
+        wanted = [f"{side}_ids" for side in SIDES] if is_tokenized(given) else SIDES
+        missing = next((column for column in wanted if column not in given), None)
+        if data_of(given) != "pairs":
+            problem = f"it is one of {data_of(given)}, and others are pairs; part them."
+        elif missing:
+            problem = f"the field {missing!r} is missing; add it or remove the row."
+        else:  # what its two answers are is looked at when they are tokenized
+            problem = None
+        if problem is not None:
+            raise DataError(f"{name} data set, row {number} (counted from 0): {problem}")
     for side, label in zip(SIDES, (True, False), strict=True):
         for number, row in enumerate(rows, first):
             answer = {"row_number": number, **row}
-            if answer.get("prompt") is None and side in answer:
+            if answer.get("prompt") is None and answer.get(side) is not None:
                 shared = implicit_prompt_length(row["chosen"], row["rejected"])
                 answer["prompt"], answer[side] = answer[side][:shared], answer[side][shared:]
-            renamed = {side: "completion", f"{side}_ids": "completion_ids", f"ref_{side}_logps": "ref_logps"}
-            dropped = [name for other in SIDES for name in (other, f"{other}_ids", f"ref_{other}_logps")]
-            kept = {name: value for name, value in answer.items() if name not in dropped}
-            yield {**kept, **{new: answer[old] for old, new in renamed.items() if old in answer}, "label": label}
+            kept = {key: value for key, value in answer.items() if key not in _OF_SIDES}
+            own = {new: answer[old] for old, new in _RENAMED[side].items() if old in answer}
+            yield {**kept, **own, "label": label}
 
 
 def with_mismatched(dataset: Any, batch_size: int) -> Any:
@@ -115,14 +150,20 @@ def with_mismatched(dataset: Any, batch_size: int) -> Any:
     So the answers of which a batch's KL divergence is estimated are those of the batch, each behind another prompt, if
     the rows come in order.
     """
-    count = len(dataset) if isinstance(dataset, Dataset) else None
-    if count == 1:
-        raise DataError("the data set holds one row, and the KL estimate needs answers to other prompts; add rows.")
+    options: dict[str, Any] = {"batched": True, "batch_size": batch_size}
+    if isinstance(dataset, Dataset):
+        if len(dataset) == 1:
+            raise DataError("the data set holds one row, and the KL estimate needs answers to other prompts; add rows.")
+        completions = dataset.features["completion_ids"]
+        options |= {
+            "features": Features({**dataset.features, MISMATCHED: completions}),
+            "fn_kwargs": {"before_the_last": dataset[len(dataset) - 2]["completion_ids"]},
+        }
+    return dataset.map(_rotated, **options)
 
-    def rotated(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        answers = batch["completion_ids"]
-        if len(answers) == 1 and count is not None and count > 1:  # left over: the answer of the row before it
-            return {**batch, MISMATCHED: [dataset[count - 2]["completion_ids"]]}
-        return {**batch, MISMATCHED: [answers[-1], *answers[:-1]]}
 
-    return dataset.map(rotated, batched=True, batch_size=batch_size)
+def _rotated(batch: dict[str, list[Any]], before_the_last: list[int] | None = None) -> dict[str, list[Any]]:
+    answers = batch["completion_ids"]
+    if len(answers) == 1 and before_the_last is not None:  # a row left over: the answer of the row before it
+        return {**batch, MISMATCHED: [before_the_last]}
+    return {**batch, MISMATCHED: [answers[-1], *answers[:-1]]}

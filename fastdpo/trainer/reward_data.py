@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 
 from fastdpo.data.tokenize import tokenized
 from fastdpo.data.validate import TOKENIZED, common_prefix_length, data_of, is_tokenized, row_problem
-from fastdpo.trainer.dataset import columns_of
+from fastdpo.trainer.dataset import check_columns, columns_of, features_after, table_of
 from fastdpo.types import DataError
 
 logger = logging.getLogger(__name__)
@@ -37,29 +37,30 @@ def prepare_scored(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> Any
     if not isinstance(dataset, IterableDataset) and not len(dataset):
         raise DataError(f"the {name} data set is empty; it needs rows with chosen and rejected.")
     if isinstance(dataset, list):
-        prepared = Dataset.from_list([prepare(row, number) for number, row in enumerate(dataset)])
+        prepared = table_of([prepare(row, number) for number, row in enumerate(dataset)])
     else:
         options: dict[str, Any] = {"remove_columns": [each for each in columns_of(dataset) if each not in KEPT]}
         if isinstance(dataset, Dataset):
-            options |= {"num_proc": args.dataset_num_proc, "desc": f"tokenizing {name}"}
+            features = features_after(dataset, TOKENIZED, KEPT)
+            options |= {"num_proc": args.dataset_num_proc, "desc": f"tokenizing {name}", "features": features}
+        else:  # a stream, of which no one can count the rows beforehand
+            first: dict[str, Any] = next(iter(dataset), {})
+            prepare = partial(prepare, margins=first.get("margin") is not None)
         prepared = dataset.map(prepare, with_indices=True, **options)
-    if isinstance(prepared, Dataset) and "margin" in prepared.column_names:
-        lacking = prepared.data["margin"].null_count
-        if lacking:
-            raise DataError(
-                f"{lacking} of {len(prepared)} rows of the {name} data set have no margin, and the others have; add it "
-                "(0 where there is none) or drop the column."
-            )
+    if isinstance(prepared, Dataset):
+        check_columns(prepared, name, "margin")
     return prepared if args.max_length is None else _fitting(prepared, args.max_length, name)
 
 
-def _fitting(dataset: Any, max_length: int, name: str) -> Any:
-    def fits(row: dict[str, Any]) -> bool:
-        return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
+def _fits(row: dict[str, Any], max_length: int) -> bool:
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
 
+
+def _fitting(dataset: Any, max_length: int, name: str) -> Any:
+    options: dict[str, Any] = {"fn_kwargs": {"max_length": max_length}}
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(fits)
-    kept = dataset.filter(fits, desc=f"checking lengths of {name}")
+        return dataset.filter(_fits, **options)
+    kept = dataset.filter(_fits, desc=f"checking lengths of {name}", **options)
     if len(kept) < len(dataset):
         logger.warning(
             "%d of %d rows of the %s data set are left out: they are longer than max_length=%d.",
@@ -72,10 +73,16 @@ def _fitting(dataset: Any, max_length: int, name: str) -> Any:
     return kept
 
 
-def _prepared_row(row: dict[str, Any], number: int, tokenizer: Any, name: str) -> dict[str, Any]:
+def _prepared_row(
+    row: dict[str, Any], number: int, tokenizer: Any, name: str, margins: bool | None = None
+) -> dict[str, Any]:
+    """`margins`: whether each row must have one, or none may; None: that is seen later."""
     row = {key: value for key, value in _renamed(row).items() if value is not None}  # tables fill up with None
     where = f"{name} data set, row {number} (counted from 0)"
     problem = _problem(row)
+    if problem is None and margins is not None and margins != ("margin" in row):
+        has, first = ("has no", "has one") if margins else ("has a", "has none")
+        problem = f"it {has} margin, and the first row {first}; add it to all rows or drop it from all."
     if problem is not None:
         raise DataError(f"{where}: {problem}")
     whole = _is_whole(row)
