@@ -165,8 +165,8 @@ def forward_logps(
     inner = causal_lm(model)
     options: dict[str, Any] = {"attention_backend": attention_backend, "ld_alpha": ld_alpha}
     if has_wrapper(model):
-        extend_forward(inner)
-        return through_forward(model, batch, pass_options=options)
+        with extended_forward(inner):
+            return through_forward(model, batch, pass_options=options)
     return _sequence_logps(inner, batch, **options)
 
 
@@ -181,8 +181,8 @@ def forward_loss(model: Any, batch: PreferenceBatch, ref_logps: Tensor | None, *
     """`fastdpo.batch_loss`, in the same way."""
     inner = causal_lm(model)
     if has_wrapper(model):
-        extend_forward(inner)
-        return LossOutput.from_dict(through_forward(model, batch, ref_logps, loss_options=options))
+        with extended_forward(inner):
+            return LossOutput.from_dict(through_forward(model, batch, ref_logps, loss_options=options))
     return _batch_loss(inner, batch, ref_logps, **options)
 
 
@@ -264,7 +264,7 @@ def extend_forward(inner: Any, run: Callable[..., Any] = _run_batch) -> None:
     models with another head.
     """
     before = inner.__dict__.get("forward")
-    if getattr(before, "__func__", None) is not None and hasattr(before, "takes_preference_batch"):
+    if _is_extended(before):
         return
     original = type(inner).forward
 
@@ -285,7 +285,35 @@ def extend_forward(inner: Any, run: Callable[..., Any] = _run_batch) -> None:
         return original(self, *args, **kwargs) if before is None else before(*args, **kwargs)
 
     forward.takes_preference_batch = True  # type: ignore[attr-defined]
+    forward.before = before  # type: ignore[attr-defined]
     inner.forward = types.MethodType(forward, inner)
+
+
+def restore_forward(inner: Any) -> None:
+    """Takes back what `extend_forward` has done, where nothing else was put around it since."""
+    forward = inner.__dict__.get("forward")
+    if not _is_extended(forward):
+        return
+    if forward.before is None:
+        del inner.forward
+    else:
+        inner.forward = forward.before
+
+
+@contextmanager
+def extended_forward(inner: Any, run: Callable[..., Any] = _run_batch) -> Iterator[None]:
+    """`extend_forward` within it; a model that is extended already stays so."""
+    was_extended = _is_extended(inner.__dict__.get("forward"))
+    extend_forward(inner, run)
+    try:
+        yield
+    finally:
+        if not was_extended:
+            restore_forward(inner)
+
+
+def _is_extended(forward: Any) -> bool:
+    return getattr(forward, "__func__", None) is not None and hasattr(forward, "takes_preference_batch")
 
 
 def is_mixture_of_experts(model: Any) -> bool:

@@ -68,8 +68,8 @@ def extend_forward(inner: Any) -> None:
 def _forward_scores(model: Any, batch: PreferenceBatch, attention_backend: str) -> Tensor:
     inner = sequence_classifier(model)
     if has_wrapper(model):
-        extend_forward(inner)
-        return models.through_forward(model, batch, pass_options={"attention_backend": attention_backend})
+        with models.extended_forward(inner, _run_batch):
+            return models.through_forward(model, batch, pass_options={"attention_backend": attention_backend})
     return _scores(inner, batch, attention_backend=attention_backend)
 
 

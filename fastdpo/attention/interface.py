@@ -131,9 +131,12 @@ def _unpacked(
 def packed_forward(model: Any) -> Iterator[None]:
     """Within it, a forward of `model` (a transformers model) with `packed_layout=` runs packed.
 
-    The name of the attention stays set afterwards: gradient checkpointing runs layers again in the backward.
+    The model has its own attention again afterwards, unless gradient checkpointing is going to run layers a second time
+    in the backward: then whoever runs that backward restores it (`attention_of`).
     """
     register()
+    compiling = torch.compiler.is_compiling()
+    own = [] if compiling else attention_of(model)
     if model.config._attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(ATTENTION_NAME)
     token = _packed.set(True)
@@ -141,6 +144,23 @@ def packed_forward(model: Any) -> Iterator[None]:
         yield
     finally:
         _packed.reset(token)
+        if not (compiling or (torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False))):
+            restore_attention(own)
+
+
+def attention_of(model: Any) -> list[tuple[Any, str | None]]:
+    """(config, name of its attention) of a transformers model and of all models within it."""
+    configs = {id(model.config): model.config}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            configs.setdefault(id(config), config)
+    return [(config, config._attn_implementation_internal) for config in configs.values()]
+
+
+def restore_attention(attention: list[tuple[Any, str | None]]) -> None:
+    for config, name in attention:
+        config._attn_implementation_internal = name
 
 
 @contextmanager

@@ -9,6 +9,15 @@ from torch import Tensor
 
 from fastdpo.packing.layout import PackedLayout
 
+TARGET_KINDS = ("all", "chosen", "rejected")
+# The metrics that are means over targets, and over which.
+_OVER_TARGETS = {
+    "entropy": "all",
+    "logits/chosen": "chosen",
+    "logits/rejected": "rejected",
+    "mean_token_accuracy": "chosen",
+}
+
 
 class PreferenceBatch(dict):
     """B pairs (or ranked lists, or single answers), S sequences, ready for a model pass.
@@ -40,6 +49,9 @@ class PreferenceBatch(dict):
     score_rows       (S,) packed, for a reward model: rows of the flattened hidden states that its head scores, those of
                      each sequence's last token that is not score_pad_id
     mean_chosen_length  of a batch in parts: mean tokens of the whole batch's chosen answers
+    targets          how many targets there are by kind: "all", "chosen" (best, desirable) and "rejected"; target_shares, of
+                     a part of a batch, its share of the batch's, which has batch_pairs (pairs, desirable answers)
+    longest          tokens of the longest sequence; of a batch in parts, of the whole batch
     weight           0 where the batch only keeps step with other processes; default 1
     """
 
@@ -69,13 +81,24 @@ class PreferenceBatch(dict):
         return len(self["tokens_per_pair"])
 
     def metric_weights(self) -> dict[str, float]:
-        """What the batch's metrics count by, where that is not its pairs: of single answers those of each kind."""
-        if self.data != "answers":
-            return {}
-        good = float(self["num_desirable"])
-        weights = {"chosen": good, "rejected": self.num_pairs - good}
-        named = {f"{name}/{side}": count for name in ("rewards", "logps", "logits") for side, count in weights.items()}
-        return {**named, "mean_token_accuracy": good, "rewards/margins": min(weights.values())}
+        """What the batch's metrics count by, where that is not its pairs.
+
+        Of single answers those of each kind; of a part of a batch what makes the parts' means that of the batch.
+        """
+        weights: dict[str, float] = {}
+        if self.data == "answers":
+            good = float(self["num_desirable"])
+            kinds = {"chosen": good, "rejected": self.num_pairs - good}
+            names = ("rewards", "logps", "logits")
+            weights = {f"{name}/{side}": count for name in names for side, count in kinds.items()}
+            weights |= {"mean_token_accuracy": good, "rewards/margins": min(kinds.values())}
+        if "target_shares" in self:
+            pairs, good = self["batch_pairs"]
+            counts = dict.fromkeys(TARGET_KINDS, float(pairs))
+            if self.data == "answers":
+                counts |= {"chosen": float(good), "rejected": float(pairs - good)}
+            weights |= {name: self["target_shares"][kind] * counts[kind] for name, kind in _OVER_TARGETS.items()}
+        return weights
 
     @property
     def saved_tokens_fraction(self) -> float:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastdpo.data.validate import data_of
-from fastdpo.packing.batch import PreferenceBatch
+from fastdpo.packing.batch import TARGET_KINDS, PreferenceBatch
 from fastdpo.packing.groups import (
+    FILLER,
     Grouping,
     PromptCompletion,
     best_first,
@@ -54,7 +56,8 @@ class PreferenceCollator:
 
     Rows that carry the reference's sums (pairs: `ref_chosen_logps` and `ref_rejected_logps`; lists: `ref_logps`, K of
     them; answers: `ref_logps`, and `ref_KL_logps` for the mismatched) give the batch its `ref_logps`; rows with a
-    `pair_weight` its `pair_weights`; for a reward model rows with a `margin` its `margins`.
+    `pair_weight` its `pair_weights`; for a reward model rows with a `margin` its `margins`. Rows marked `filler` are
+    left out; where there is no other, the batch has one of them and weighs nothing.
 
     Raises:
         ValueError: rows of several kinds or without token ids, a list of fewer than two completions, ranks with ties, a
@@ -91,6 +94,7 @@ class PreferenceCollator:
 
     def microbatches(self, rows: Sequence[Mapping[str, Any]], count: int | None = None) -> MicroBatches:
         """The rows in `count` micro-batches of about the same number of tokens; default: as few as the budget lets."""
+        rows = without_fillers(rows)
         grouping = self._grouping(rows)
         budget, cost = self.max_tokens_per_microbatch, self._cost(grouping)
         if count is None:
@@ -102,6 +106,12 @@ class PreferenceCollator:
             )
         cuts = even_cuts(len(rows), count, cost, budget)
         parts = tuple(self.batch(rows[first:end]) for first, end in cuts)
+        longest = max((part["longest"] for part in parts), default=0)
+        targets = {kind: sum(part["targets"][kind] for part in parts) for kind in TARGET_KINDS}
+        for part in parts:
+            part["longest"] = longest
+            part["target_shares"] = {kind: part["targets"][kind] / max(1, total) for kind, total in targets.items()}
+            part["batch_pairs"] = len(rows), sum(other.get("num_desirable", 0) for other in parts)
         batches = MicroBatches(parts, rows, self, count)
         if batches.chosen_tokens is not None:
             for part in parts:
@@ -109,6 +119,7 @@ class PreferenceCollator:
         return batches
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+        rows = without_fillers(rows)
         grouping = self._grouping(rows)
         data, groups = grouping.data, grouping.groups
         if not any(len(prompt) + len(answer) for group in groups for prompt, answer in group):
@@ -116,6 +127,7 @@ class PreferenceCollator:
         if self.scores and data != "pairs":
             raise ValueError(f"scores=True is for a reward model's pairs, and the batch holds {data}.")
         batch = self._padded(grouping) if self.packing == "padded" else self._packed(grouping)
+        batch["longest"] = max(len(prompt) + len(answer) for group in groups for prompt, answer in group)
         if self.scores:
             batch["score_pad_id"] = self.pad_token_id
             if (row_margins := margins(rows)) is not None:
@@ -134,10 +146,15 @@ class PreferenceCollator:
         if row_weights is not None:
             batch["pair_weights"] = torch.tensor(row_weights, dtype=torch.float32)
             batch["total_weight"] = sum(row_weights)
+        counts = torch.bincount(batch["sequence_ids"], minlength=batch["num_sequences"]).tolist()
+        batch["targets"] = _targets_by_kind(batch, counts)
         if data == "pairs":
-            chosen = torch.bincount(batch["sequence_ids"], minlength=batch["num_sequences"])[: len(rows)].tolist()
-            each = zip(row_weights or [1.0] * len(rows), chosen, strict=True)
+            each = zip(row_weights or [1.0] * len(rows), counts, strict=False)  # chosen sequences come first
             batch["chosen_tokens"] = float(sum(weight * count for weight, count in each))
+        if rows[0].get(FILLER):
+            batch["weight"], batch["total_weight"] = 0.0, 0.0
+            if data == "pairs":
+                batch["chosen_tokens"] = 0.0
         return batch
 
     def sequences(self, row: Mapping[str, Any]) -> tuple[PromptCompletion, ...]:
@@ -232,6 +249,26 @@ class PreferenceCollator:
             num_tokens=rows.input_ids.numel(),
             unshared_tokens=int(rows.attention_mask.sum()),
         )
+
+
+def _targets_by_kind(batch: PreferenceBatch, counts: Sequence[int]) -> dict[str, int]:
+    """Targets that metrics are means over, from those of each sequence."""
+    pairs = batch.num_pairs
+    if batch.data == "pairs":
+        own, chosen = counts, counts[:pairs]
+    elif batch.data == "lists":
+        own, chosen = counts, [counts[start] for start in accumulate([0, *batch["list_sizes"][:-1]])]
+    else:  # without those to other prompts
+        own = counts[:pairs]
+        chosen = [count for count, good in zip(own, batch["desirable"].tolist(), strict=True) if good]
+    return dict(zip(TARGET_KINDS, (sum(own), sum(chosen), sum(own) - sum(chosen)), strict=True))
+
+
+def without_fillers(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The rows that are not marked as fillers; one of them where there is no other."""
+    if not any(row.get(FILLER) for row in rows):
+        return rows
+    return [row for row in rows if not row.get(FILLER)] or rows[:1]
 
 
 def last_token(sequence: PromptCompletion, pad_token_id: int) -> int:

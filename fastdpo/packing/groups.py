@@ -16,6 +16,7 @@ from fastdpo.data.validate import ID_COLUMNS, MISMATCHED, REF_MISMATCHED, REFERE
 Row = Mapping[str, Any]
 PromptCompletion = tuple[Sequence[int], Sequence[int]]  # (prompt, completion)
 WEIGHT, MARGIN = "pair_weight", "margin"
+FILLER = "filler"  # marks rows that only make the batches of several processes alike in size
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,10 @@ class ReferenceFreeTrainer(PreferenceTrainer):
             raise ValueError("preprocess_logits_for_metrics has no logits to work on: none are formed; leave it out.")
         if (model is None) == (model_init is None):
             raise ValueError("give either model or model_init, which makes one.")
-        model = model_init() if model is None else model
+        name = "model" if model is None else model
         super().__init__(
             model,
-            self._config(output_dir=default_output_dir(model, self._method)) if args is None else args,
+            self._config(output_dir=default_output_dir(name, self._method)) if args is None else args,
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -87,4 +87,5 @@ class ReferenceFreeTrainer(PreferenceTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
+            model_init=model_init,
         )

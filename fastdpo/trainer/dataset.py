@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
 from fastdpo.data.tokenize import tokenized
@@ -69,8 +70,9 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> An
     # Plain values, not `args`: the fingerprint of the data set's file in datasets' cache is made from them.
     options: dict[str, Any] = {"fn_kwargs": {"max_length": args.max_length}}
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(_leaves_a_completion, **options)
-    kept = dataset.filter(_leaves_a_completion, desc=f"checking lengths of {name}", **options)
+        return dataset.filter(_leaves_a_completion, input_columns=["prompt_ids"], **options)
+    options |= {"input_columns": ["prompt_ids"], "desc": f"checking lengths of {name}"}
+    kept = dataset.filter(_leaves_a_completion, **options)
     dropped = len(dataset) - len(kept)
     if dropped:
         logger.warning(
@@ -82,9 +84,9 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> An
     return kept
 
 
-def _leaves_a_completion(row: dict[str, Any], max_length: int) -> bool:
+def _leaves_a_completion(prompt_ids: Sequence[int], max_length: int) -> bool:
     """keep_start would leave nothing of the completions of a row whose prompt fills max_length."""
-    return len(row["prompt_ids"]) < max_length
+    return len(prompt_ids) < max_length
 
 
 def no_row_left(name: str, args: Any) -> DataError:
@@ -139,7 +141,8 @@ def _from_list(rows: list[dict[str, Any]], tokenizer: Any, name: str, cuts: Cuts
         raise DataError(f"the {name} data set is empty; it needs rows with prompt, chosen and rejected.")
     cuts = {**cuts, "data": data_of(rows[0])}
     with tqdm(rows, desc=f"tokenizing {name}", unit="row", disable=not progress, leave=False) as bar:
-        return table_of([_tokenized(row, number, tokenizer, name, cuts) for number, row in enumerate(bar)])
+        ids = table_of([_tokenized(row, number, tokenizer, name, cuts) for number, row in enumerate(bar)])
+    return with_other_columns(ids, rows, KEPT)
 
 
 # The types of columns whose values need not tell them: of the first rows they may all be empty or None.
@@ -160,6 +163,30 @@ def table_of(rows: list[dict[str, Any]]) -> Dataset:
     columns = {name: [row.get(name) for row in rows] for name in names}
     others = Dataset.from_dict({name: values for name, values in columns.items() if name not in _TYPES}).features
     return Dataset.from_dict(columns, Features({name: _TYPES.get(name) or others[name] for name in columns}))
+
+
+def with_other_columns(ids: Any, rows: Any, kept: Iterable[str]) -> Any:
+    """A tokenized data set with what its rows have besides: callbacks look at prompts, messages and the like.
+
+    Of a list, columns that make no table (of mixed types, say) are left out. A stream is returned as it is.
+    """
+    if isinstance(ids, IterableDataset):
+        return ids
+    kept = {*kept, *ids.column_names}
+    if isinstance(rows, Dataset):
+        parts = [rows.select_columns([name for name in rows.column_names if name not in kept])]
+    else:
+        names = dict.fromkeys(name for row in rows for name in row if name not in kept)
+        parts = [part for name in names if (part := _column(name, [row.get(name) for row in rows])) is not None]
+    parts = [part for part in parts if part.column_names]
+    return concatenate_datasets([ids, *parts], axis=1) if parts else ids
+
+
+def _column(name: str, values: list[Any]) -> Dataset | None:
+    try:
+        return Dataset.from_dict({name: values})
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return None
 
 
 def features_after(dataset: Dataset, ids: Iterable[str], kept: Iterable[str]) -> Features:
@@ -186,7 +213,8 @@ def _from_dataset(dataset: Any, tokenizer: Any, name: str, cuts: Cuts, num_proc:
     if isinstance(dataset, Dataset):
         features = features_after(dataset, ID_COLUMNS[cuts["data"]], KEPT)
         options |= {"num_proc": num_proc, "desc": f"tokenizing {name}", "features": features}
-    return dataset.map(_tokenized, remove_columns=[column for column in columns if column not in KEPT], **options)
+    ids = dataset.map(_tokenized, remove_columns=[column for column in columns if column not in KEPT], **options)
+    return with_other_columns(ids, dataset, KEPT)
 
 
 def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str, cuts: Cuts) -> dict[str, Any]:

@@ -12,16 +12,19 @@ What happens to a batch, top to bottom:
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, EvalPrediction, set_seed
+from transformers.trainer_utils import number_of_arguments
 
 from fastdpo.models import (
     causal_lm,
@@ -31,22 +34,24 @@ from fastdpo.models import (
     through_forward,
 )
 from fastdpo.packing import MicroBatches, PreferenceBatch, PreferenceCollator
+from fastdpo.packing.groups import FILLER
 from fastdpo.trainer import policy
 from fastdpo.trainer.config import PreferenceConfig, check_parallelism
 from fastdpo.trainer.dataset import KEPT, check_data, check_lengths, no_row_left, prepare_dataset
+from fastdpo.trainer.even_rows import EvenRows, EvenStream
 from fastdpo.trainer.kept_reference import KeptReference
+from fastdpo.trainer.lent_model import LentModel, without_autocast
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
+from fastdpo.trainer.neftune import EmbeddingNoise
 from fastdpo.trainer.order import pair_sampler
 from fastdpo.trainer.passes import PATIENCE, HostCounts, activations_on_host, agree, passes_of, without_exchange
-from fastdpo.trainer.reference import has_reference
 from fastdpo.trainer.referenced import ReferencedTrainer
 from fastdpo.trainer.run_state import RunCallback
-from fastdpo.trainer.watch import (
-    PatientWorker,
-)
+from fastdpo.trainer.workers import PatientWorker
 from fastdpo.types import LossOutput, UserError
 from fastdpo.verify import choose_packing
 
+_NO_ROW = -1  # the label of what stands in the predictions for no row of the data set
 _TINY = 1e-30  # in place of the weight of a step in which no pair weighs anything
 
 
@@ -64,6 +69,7 @@ class PreferenceTrainer(ReferencedTrainer):
         processing_class: the tokenizer; default: that of the model's path.
         peft_config: wraps the model in a new adapter.
         quantization_config: for a model given by name.
+        model_init: in place of the model: makes one for each call of `train`, as a search for hyperparameters needs.
 
     Raises:
         ValueError: options, data or model that do not fit together; before any training.
@@ -73,6 +79,7 @@ class PreferenceTrainer(ReferencedTrainer):
     train_dataset: Any
     eval_dataset: Any
     _signature_columns: list[str] | None
+    compute_metrics: Any
     _auto_class: ClassVar[Any] = AutoModelForCausalLM
     _tags: ClassVar[list[str]] = ["fastdpo"]
 
@@ -88,23 +95,23 @@ class PreferenceTrainer(ReferencedTrainer):
         processing_class: Any = None,
         quantization_config: Any = None,
         peft_config: Any = None,
+        model_init: Any = None,
         **options: Any,
     ) -> None:
         set_seed(args.seed)  # adapters begin with random weights
+        if model_init is not None:
+            model = model_init(*[None] * number_of_arguments(model_init))
+        self._peft_config = peft_config
         model = policy.load(model, args, quantization_config, auto_class=self._auto_class)
         if ref_model is model:
             raise ValueError("ref_model is the model itself; leave it out to use the policy's initial weights.")
         if ref_model is not None and args.losses().reference_free:
             raise ValueError("reference_free=True and ref_model contradict each other; leave one of them out.")
         ref_model = None if ref_model is None else policy.load(ref_model, _without_keywords(args, ref_model))
-        if peft_config is not None:
-            model = policy.with_adapter(model, peft_config)
+        if ref_model is not None and args.disable_dropout:
+            policy.disable_dropout(ref_model)
+        model, processing_class = self._ready_policy(model, processing_class, args)
         inner = self._inner(model)
-        policy.check_adapters(model, inner)
-        processing_class = policy.prepare_tokenizer(processing_class, inner, args)
-        for each in (model, ref_model):
-            if each is not None and args.disable_dropout:
-                policy.disable_dropout(each)
         _check_streamed(train_dataset, args)
         if args.use_liger_kernel:  # layers only: its fused loss would take the place of the head
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
@@ -118,6 +125,7 @@ class PreferenceTrainer(ReferencedTrainer):
         else:
             eval_dataset = self._prepared(eval_dataset, processing_class, args, "eval")
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
+        self._lent_model: LentModel | None = None
         super().__init__(
             model=model,
             args=args,
@@ -127,6 +135,10 @@ class PreferenceTrainer(ReferencedTrainer):
             processing_class=processing_class,
             **options,
         )
+        self.model_init = model_init
+        # Instead of transformers' own noise, which depends on how a batch is packed.
+        self._noise = None if args.neftune_noise_alpha is None else EmbeddingNoise(args.neftune_noise_alpha)
+        self.neftune_noise_alpha = None
         # compute_loss divides by the pairs of the whole step itself.
         self.model_accepts_loss_kwargs = True
         # The launcher's word counts, too.
@@ -146,10 +158,39 @@ class PreferenceTrainer(ReferencedTrainer):
             self.data_collator = self._collator()
         self._reference = KeptReference(self.model, ref_model, new_adapter=_is_plain_adapter(peft_config, self.model))
         self._prepare_reference()
-        self._extend(inner)
         if hasattr(inner, "add_model_tags"):
             inner.add_model_tags(self._tags)
         self.add_callback(RunCallback(self))
+
+    def _ready_policy(self, model: Any, processing_class: Any, args: Any) -> tuple[Any, Any]:
+        """(the model with adapters, as this trainer takes it; the tokenizer)"""
+        if self._peft_config is not None:
+            model = policy.with_adapter(model, self._peft_config)
+        inner = self._inner(model)
+        for each in (model, inner):
+            without_autocast(each)  # that a trainer before this one has left on it
+        policy.check_adapters(model, inner)
+        processing_class = policy.prepare_tokenizer(processing_class, inner, args)
+        if args.disable_dropout:
+            policy.disable_dropout(model)
+        return model, processing_class
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The model that a call of `train` begins with: `model_init` makes it anew for each."""
+        model = policy.load(super().call_model_init(trial), self.args, auto_class=self._auto_class)
+        self.model, _ = self._ready_policy(model, self.processing_class, self.args)
+        self._losses = self.args.losses()  # a search may have changed beta
+        inner = self._inner(self.model)
+        with self.accelerator.autocast():
+            packing = self._choose_packing(inner)
+        if packing != self.packing:
+            raise UserError(
+                f"model_init made a model that runs with packing={packing!r}, and the first one with {self.packing!r}; "
+                "set packing to what serves all of them."
+            )
+        self._step_flops = self._flops_of(inner)
+        self._lending.enter_context(self._model_lent())
+        return self.model
 
     # What depends on the kind of model; RewardTrainer's has another head.
 
@@ -166,6 +207,17 @@ class PreferenceTrainer(ReferencedTrainer):
 
     def _flops_of(self, inner: Any) -> StepFlops:
         return StepFlops.of(inner)
+
+    @contextmanager
+    def _model_lent(self) -> Iterator[None]:
+        """Within it the policy, and a reference that came as a model, are what training and evaluation need."""
+        if self._lent_model is None or self._lent_model.model is not self.model:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            self._lent_model = LentModel(
+                self.model, self._inner(self.model), self._extend, self._noise, sharded=sharded
+            )
+        with self._lent_model.lent():
+            yield
 
     def _metrics_of(self, output: LossOutput) -> dict[str, Tensor]:
         """Means over a pass's pairs, under the names that are logged."""
@@ -196,10 +248,11 @@ class PreferenceTrainer(ReferencedTrainer):
 
     # The reference
 
-    def _loss_options(self) -> dict[str, Any]:
-        mean_over_processes = {"kl": self._mean_over_processes} if self._losses.needs_kl else {}
+    def _loss_options(self, pairs: float) -> dict[str, Any]:
+        """`pairs`: how many of this pass count."""
+        mean = {"kl": functools.partial(self._mean_over_processes, count=pairs)} if self._losses.needs_kl else {}
         return {
-            **mean_over_processes,
+            **mean,
             **self.args.loss_arguments(),
             "attention_backend": self.args.attention_backend,
             "reduction": "sum",
@@ -207,8 +260,13 @@ class PreferenceTrainer(ReferencedTrainer):
             "router_aux_loss_coef": self._router_aux_loss_coef,
         }
 
-    def _mean_over_processes(self, value: Tensor) -> Tensor:
-        return self.accelerator.reduce(value, "mean") if self.accelerator.num_processes > 1 else value
+    def _mean_over_processes(self, value: Tensor, count: float) -> Tensor:
+        """Of the means of each process over `count` rows."""
+        if self.accelerator.num_processes == 1:
+            return value
+        own = torch.where(value.new_tensor(count) > 0, value * count, 0.0)
+        total, rows = self._reduce(torch.stack([own, value.new_tensor(count)])).unbind()
+        return total / rows
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -220,22 +278,35 @@ class PreferenceTrainer(ReferencedTrainer):
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None and self._losses.needs_reference:
             ref_logps = self._online_reference(inputs)
-        fields = through_forward(model, inputs, ref_logps, loss_options=self._loss_options())
+        idle = inputs.get("weight", 1.0) == 0.0
+        weight = 0.0 if idle else inputs.total_weight
+        if self._noise is not None:
+            self._noise.longest = inputs["longest"]
+        options = self._loss_options(0.0 if idle else float(inputs.num_pairs))
+        self._extend(self._inner(self.model))
+        with self.accelerator.autocast():  # not left to what is wrapped around the model, which others may use, too
+            fields = through_forward(model, inputs, ref_logps, loss_options=options)
         output = LossOutput.from_dict(fields)
-        if inputs.get("weight", 1.0) == 0.0:
-            return (output.loss * 0.0, output) if return_outputs else output.loss * 0.0
-        mode = "train" if model.training else "eval"
-        weight = inputs.total_weight
-        mean = output.losses.detach().sum() / max(weight, _TINY)
-        metrics = self._metrics_of(output) if mode == "train" else {"loss": mean, **self._metrics_of(output)}
-        self._metrics[mode].add(metrics, inputs.num_pairs, **inputs.metric_weights(), loss=weight)
-        if mode == "train":
-            self._throughput.count(inputs, self._step_flops(inputs))
-        if num_items_in_batch is None:
+        self._add_metrics("train" if model.training else "eval", inputs, output, idle)
+        if idle:
+            loss = output.loss * 0.0
+        elif num_items_in_batch is None:
             loss = output.loss / max(weight, _TINY)
         else:
             loss = output.loss * (self.accelerator.num_processes / max(num_items_in_batch, _TINY))
         return (loss, output) if return_outputs else loss
+
+    def _add_metrics(self, mode: str, batch: PreferenceBatch, output: LossOutput, idle: bool) -> None:
+        """Also where the batch only keeps step with other processes: all of them know the same metrics then."""
+        metrics, weight = self._metrics_of(output), batch.total_weight
+        if mode == "eval":
+            metrics = {"loss": output.losses.detach().sum() / max(weight, _TINY), **metrics}
+        if idle:
+            self._metrics[mode].add(metrics, 0.0)
+            return
+        self._metrics[mode].add(metrics, batch.num_pairs, **batch.metric_weights(), loss=weight)
+        if mode == "train":
+            self._throughput.count(batch, self._step_flops(batch))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], float]:
         """The batches of an optimizer step, and what its pairs weigh over all processes: 1 each, or what rows say."""
@@ -284,11 +355,18 @@ class PreferenceTrainer(ReferencedTrainer):
             if part.get("weight", 1.0):
                 losses.append(loss * part.total_weight)
                 rewards.append(torch.stack([output.chosen_rewards, output.rejected_rewards], dim=1))
-        loss = torch.stack(losses).sum() / max(inputs.total_weight, _TINY)
+                self._evaluated_rows += part.num_pairs
+        zero = torch.zeros((), device=self.args.device)
+        loss = torch.stack([zero, *losses]).sum() / max(inputs.total_weight, _TINY)
         if prediction_loss_only:
             return loss, None, None
-        pairs = torch.cat(rewards)  # (B, 2)
-        return loss, pairs, torch.zeros_like(pairs[:, 0], dtype=torch.long)  # the label: column 0 is the chosen
+        pairs = torch.cat([zero.new_empty(0, 2), *rewards])  # (B, 2)
+        labels = torch.zeros_like(pairs[:, 0], dtype=torch.long)  # column 0 is the chosen
+        if self.accelerator.num_processes > 1:  # of which all must give as many rows
+            missing = self.args.eval_batch_size - len(pairs)
+            pairs = torch.cat([pairs, pairs.new_full((missing, 2), torch.nan)])
+            labels = torch.cat([labels, labels.new_full((missing,), _NO_ROW)])
+        return loss, pairs, labels
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The order of the rows that the arguments ask for; random and sequential are transformers' own."""
@@ -304,6 +382,24 @@ class PreferenceTrainer(ReferencedTrainer):
         self._pair_sampler = pair_sampler(dataset, self.args, self.packing, batch_size, processes)
         return self._pair_sampler
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """In the order of the data, whatever order the training rows come in: predictions are told by their place."""
+        return None
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        processes = self.accelerator.num_processes
+        if not kwargs.get("is_training") and processes > 1 and not self.args.dataloader_drop_last:
+            if isinstance(dataset, IterableDataset):
+                dataset = EvenStream(dataset, batch_size * processes)
+            elif len(dataset):
+                dataset = self._remove_unused_columns(dataset, description=description)
+                dataset = EvenRows(dataset, batch_size * processes)
+        loader = super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        if self.args.dataloader_num_workers:
+            begun = getattr(loader, "base_dataloader", loader)  # whose workers they are
+            begun.worker_init_fn = PatientWorker(begun.worker_init_fn)
+        return loader
+
     def get_train_dataloader(self) -> Any:
         self._pair_sampler = None
         loader = super().get_train_dataloader()
@@ -311,9 +407,6 @@ class PreferenceTrainer(ReferencedTrainer):
             # As accelerate does for its own seeded sampler: so that the epoch reaches it also where several processes
             # resume in the middle of one.
             loader.set_sampler(self._pair_sampler)
-        if self.args.dataloader_num_workers:
-            begun = getattr(loader, "base_dataloader", loader)  # whose workers they are
-            begun.worker_init_fn = PatientWorker(begun.worker_init_fn)
         return loader
 
     # What transformers.Trainer asks of a subclass
@@ -323,28 +416,65 @@ class PreferenceTrainer(ReferencedTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = list(KEPT)
+            self._signature_columns = [*KEPT, FILLER]
 
     def floating_point_ops(self, inputs: Any) -> int:
         return int(sum(map(self._step_flops, passes_of(inputs))))
 
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Tokens of the sequences, prompts counted with every completion; with "all", the padding of padded batches."""
+        which = self.args.include_num_input_tokens_seen
+        if which == "no":
+            return
+        counted = [part for part in passes_of(inputs) if part.get("weight", 1.0)]
+        name = "num_tokens" if which == "all" and self.packing == "padded" else "unshared_tokens"
+        tokens = sum(part.get("own_tokens", part[name]) if name != "num_tokens" else part[name] for part in counted)
+        self.state.num_input_tokens_seen += sum(own for (own,) in self._host_counts.gather([tokens]))
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        with self._throughput.paused():
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._metrics["eval"].clear()  # what an evaluation that broke off has left
+        self._evaluated_rows = 0
+        compute_metrics: Any = self.compute_metrics
+        if compute_metrics is not None and self.accelerator.num_processes > 1:
+            self.compute_metrics = lambda prediction: compute_metrics(_of_rows(prediction))
+        try:
+            with self._throughput.paused(), self._model_lent():
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.compute_metrics = compute_metrics
         # Our own mean over pairs replaces the mean over batches, which counts a small last batch as a full one.
         means = self._metrics["eval"].take(self._reduce)
         means["num_tokens"] = self.num_tokens()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
+        rows = sum(own for (own,) in self._host_counts.gather([self._evaluated_rows]))
+        return _of_rows(output)._replace(num_samples=rows)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if eval_dataset is not None and not isinstance(eval_dataset, str | Mapping):
-            eval_dataset = self._prepared(eval_dataset, self.processing_class, self.args, "eval")
-            if self._losses.needs_reference and not has_reference(eval_dataset):
-                self._check_reference_is_left()
-                if self._ref_cache is not None:
-                    eval_dataset = self._with_reference(eval_dataset)
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._ready_to_evaluate(part) for name, part in eval_dataset.items()}
+        elif eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._ready_to_evaluate(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().predict(self._ready_to_evaluate(test_dataset), *args, **kwargs)
+
+    def _ready_to_evaluate(self, dataset: Any) -> Any:
+        """A data set that comes later, as the constructor would have prepared it."""
+        dataset = self._prepared(dataset, self.processing_class, self.args, "eval")
+        check_lengths(dataset, position_limit(self._inner(self.model)), self.args, name="eval")
+        return self._with_later_reference(dataset) if self._losses.needs_reference else dataset
+
+
+def _of_rows(output: Any) -> Any:
+    """Predictions, or what `compute_metrics` gets, without what stands for no row of the data set."""
+    labels = output.label_ids
+    if not isinstance(labels, np.ndarray) or not (labels == _NO_ROW).any():
+        return output
+    kept = labels != _NO_ROW
+    if isinstance(output, EvalPrediction):
+        return EvalPrediction(predictions=output.predictions[kept], label_ids=labels[kept])
+    return output._replace(predictions=output.predictions[kept], label_ids=labels[kept])
 
 
 def _without_keywords(args: Any, ref_model: Any) -> Any:

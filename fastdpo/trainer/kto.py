@@ -150,7 +150,7 @@ def with_mismatched(dataset: Any, batch_size: int) -> Any:
     So the answers of which a batch's KL divergence is estimated are those of the batch, each behind another prompt, if
     the rows come in order.
     """
-    options: dict[str, Any] = {"batched": True, "batch_size": batch_size}
+    options: dict[str, Any] = {"batched": True, "batch_size": batch_size, "input_columns": ["completion_ids"]}
     if isinstance(dataset, Dataset):
         if len(dataset) == 1:
             raise DataError("the data set holds one row, and the KL estimate needs answers to other prompts; add rows.")
@@ -162,8 +162,7 @@ def with_mismatched(dataset: Any, batch_size: int) -> Any:
     return dataset.map(_rotated, **options)
 
 
-def _rotated(batch: dict[str, list[Any]], before_the_last: list[int] | None = None) -> dict[str, list[Any]]:
-    answers = batch["completion_ids"]
-    if len(answers) == 1 and before_the_last is not None:  # a row left over: the answer of the row before it
-        return {**batch, MISMATCHED: [before_the_last]}
-    return {**batch, MISMATCHED: [answers[-1], *answers[:-1]]}
+def _rotated(completions: list[list[int]], before_the_last: list[int] | None = None) -> dict[str, list[Any]]:
+    if len(completions) == 1 and before_the_last is not None:  # a row left over: the completion of the row before it
+        return {MISMATCHED: [before_the_last]}
+    return {MISMATCHED: [completions[-1], *completions[:-1]]}

@@ -73,7 +73,12 @@ class MetricSums:
         state = self.state(reduce)
         self.clear()
         each = zip(state["names"], state["sums"], state["counts"], strict=True)
-        return {name: value / count for name, value, count in each if count}
+        means = {name: value / count for name, value, count in each if count}
+        means.pop("rewards/margins", None)  # of single answers a batch may hold one kind only
+        chosen, rejected = (means.get(f"rewards/{side}") for side in ("chosen", "rejected"))
+        if chosen is not None and rejected is not None:
+            means["rewards/margins"] = chosen - rejected
+        return means
 
 
 def at_least_float32(value: Tensor) -> Tensor:
@@ -98,8 +103,10 @@ class Throughput:
     def paused(self) -> Iterator[None]:
         """Leaves the time within it out of the count (evaluation, saving)."""
         began = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - began
 
     def count(self, batch: PreferenceBatch, flops: float) -> None:
         self._pairs += batch.num_pairs

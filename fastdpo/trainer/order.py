@@ -46,7 +46,7 @@ def pair_sampler(dataset: Dataset, args: Any, packing: str, batch_size: int, pro
 
 
 def _prompts(dataset: Dataset) -> Any:
-    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+    for table in dataset.select_columns(["prompt_ids"]).with_format("arrow").iter(batch_size=10_000):
         column = table["prompt_ids"].combine_chunks()
         ids, ends = column.flatten().to_numpy(zero_copy_only=False), np.cumsum(column.value_lengths().to_numpy())
         yield from np.split(ids, ends[:-1])

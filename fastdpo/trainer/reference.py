@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,13 @@ def has_reference(dataset: Any) -> bool:
 
 
 def with_reference(
-    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, *, lent: Any,
-    ld_alpha: float | None, **options: Any,
+    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, *, check: Callable[[], None],
+    lent: Any, ld_alpha: float | None, **options: Any,
 ) -> Any:  # fmt: skip
     """The data set with the reference's sums, as `reference_columns` has them; `options` go to `fill_cache`.
 
     `lent()` is the context in which the model is where it can run: it is only moved if something has to be computed.
+    Before that `check()` says whether it is still the reference.
     What the cache lacks is divided among the processes by content. They wait for each other at the end alone, and need
     not share a file system: then each node computes for itself what it cannot see.
 
@@ -40,6 +41,9 @@ def with_reference(
     show = args.process_index == 0 and not args.disable_tqdm
     options |= {**cut, "batch_size": args.precompute_ref_batch_size, "progress": show}
     if isinstance(dataset, IterableDataset):
+        cache.reload()
+        if _stream_lacks(dataset, cache, cut, counts):
+            check()
         with lent():
             return _streamed(dataset, cache, model, args, counts, {**cut, "ld_alpha": ld_alpha}, options)
     rows = row_keys(dataset, **cut)
@@ -47,6 +51,7 @@ def with_reference(
         cache.reload()
         if not _lacking(cache, rows.keys, counts):
             break
+        check()
         with lent():
             fill_cache(model, dataset, cache, shard_index=index, num_shards=number, **options)
     counts.gather([0])
@@ -54,6 +59,18 @@ def with_reference(
     for name, values in cached_columns(cache, rows, ld_alpha).items():
         dataset = dataset.add_column(name, values)
     return dataset
+
+
+def _stream_lacks(dataset: Any, cache: ReferenceCache, cut: dict[str, Any], counts: HostCounts) -> bool:
+    """Whether any process needs something that its cache does not hold: then nothing is read but the beginning."""
+    lacking = False
+    for rows in dataset.batch(64):
+        each = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        found, _, _ = cache.lookup(row_keys(each, **cut).keys)
+        if not found.all():
+            lacking = True
+            break
+    return any(own for (own,) in counts.gather([int(lacking)]))
 
 
 def _streamed(

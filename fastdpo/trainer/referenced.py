@@ -22,6 +22,7 @@ from fastdpo.trainer.config import ReferenceConfig
 from fastdpo.trainer.passes import HostCounts
 from fastdpo.trainer.reference import has_reference, with_reference
 from fastdpo.trainer.surviving import SurvivingTrainer
+from fastdpo.types import UserError
 
 
 class ReferencedTrainer(SurvivingTrainer):
@@ -79,21 +80,38 @@ class ReferencedTrainer(SurvivingTrainer):
                 "sync_ref_model=True moves the reference, and the rows carry its sums; drop those columns."
             )
 
-    def _check_reference_is_left(self) -> None:
-        """For a data set that comes later, and whose reference log-probs are not there."""
-        if self._reference.kind == "explicit":
-            return
-        if self._ref_cache is None and not self._reference.lasts:
-            raise ValueError(
-                f"this evaluation set has no {' and '.join(REFERENCES[self._losses.data])}, as the other data sets do, "
-                "and there is no other reference; add the columns, or pass ref_model to the constructor."
-            )
+    def _with_later_reference(self, dataset: Any) -> Any:
+        """A data set that comes later, with the reference's sums where no model is there to compute them in a pass.
+
+        Raises:
+            UserError: the sums are neither in the rows nor in the cache, and the reference is not there any more.
+        """
+        if has_reference(dataset):
+            return dataset
+        if self._ref_cache is not None:
+            return self._with_reference(dataset)
+        if not self._reference.lasts:
+            raise UserError(_no_reference(self._losses.data))
+        return dataset
+
+    def _check_reference_runs(self) -> None:
+        """Before log-probs that the cache lacks are computed.
+
+        Raises:
+            UserError: the model has moved since the cache was opened, or is sharded by now.
+        """
+        assert self._ref_cache is not None
+        began = bool(self.state.global_step) if hasattr(self, "state") else False
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self._ref_cache is not None and self.state.global_step and (sharded or not self._reference.lasts):
-            raise ValueError(
-                "the reference of this new evaluation set cannot be computed any more: with "
-                "precompute_ref_log_probs=True and no ref_model, it was the policy before training; "
-                "pass the set to the constructor."
+        lost = began and sharded and self._reference.kind != "explicit"
+        if not lost and (began or not self._reference.lasts):
+            with self._reference.running():
+                lost = model_fingerprint(self._reference.runs, self._autocast_dtype) != self._ref_cache.fingerprint
+        if lost:
+            raise UserError(
+                "the reference of this new data set cannot be computed any more: with precompute_ref_log_probs=True "
+                "and no ref_model, it was the policy before training; pass the set to the constructor as eval_dataset, "
+                "or fill its cache by fastdpo.precompute with the model that training began with."
             )
 
     def _named_datasets(self) -> list[tuple[str, Any]]:
@@ -111,6 +129,7 @@ class ReferencedTrainer(SurvivingTrainer):
                 self._reference.runs,
                 self.args,
                 self._patient_counts,
+                check=self._check_reference_runs,
                 lent=functools.partial(_lent, self._reference.runs, self.args.device),
                 ld_alpha=self._losses.ld_alpha,
                 packing=self.packing,
@@ -119,13 +138,21 @@ class ReferencedTrainer(SurvivingTrainer):
             )
 
     def _online_reference(self, batch: PreferenceBatch) -> Tensor:
+        if not self._reference.lasts:
+            raise UserError(_no_reference(batch.data))
         reference = self._reference.runs
         with evaluating(reference), torch.no_grad(), self._reference.running(), self.accelerator.autocast():
             return sequence_logps(
                 reference, batch, attention_backend=self.args.attention_backend, ld_alpha=self._losses.ld_alpha
             )
 
-    # The loss
+
+def _no_reference(data: str) -> str:
+    return (
+        f"these rows have no {' and '.join(REFERENCES[data])}, the other data sets brought theirs or had them computed "
+        "ahead, and there is no other reference than the policy, which moves; add the columns, pass ref_model to the "
+        "constructor, or pass the rows there."
+    )
 
 
 @contextmanager

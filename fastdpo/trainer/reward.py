@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastdpo import score_models
 from fastdpo.packing import PreferenceCollator
+from fastdpo.packing.groups import FILLER
 from fastdpo.score_models import SCORES, sequence_classifier
 from fastdpo.trainer.config import PreferenceConfig, option
 from fastdpo.trainer.engine import PreferenceTrainer
@@ -165,12 +166,12 @@ class RewardTrainer(PreferenceTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = list(KEPT)
+            self._signature_columns = [*KEPT, FILLER]
 
     def _collator(self) -> PreferenceCollator:
         return replace(super()._collator(), scores=True)
 
-    def _loss_options(self) -> dict[str, Any]:
+    def _loss_options(self, pairs: float) -> dict[str, Any]:
         return {
             **self.args.loss_arguments(),
             "attention_backend": self.args.attention_backend,
@@ -216,6 +217,8 @@ class ScoreSums(MetricSums):
         super().add(metrics, pairs, **{**weights, "min_reward": 0.0, "max_reward": 0.0})
         bounds = torch.stack([metrics["min_reward"], -metrics["max_reward"]])
         bounds = at_least_float32(bounds)
+        if not pairs:  # a pass that only keeps step with those of other processes
+            bounds = torch.full_like(bounds, torch.inf)
         if self._within:
             bounds = torch.minimum(self._bounds.pop(), bounds)
         self._bounds.append(bounds)

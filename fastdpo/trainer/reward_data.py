@@ -6,14 +6,15 @@ import logging
 import math
 import numbers
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from fastdpo.data.tokenize import tokenized
-from fastdpo.data.validate import TOKENIZED, common_prefix_length, data_of, is_tokenized, row_problem
-from fastdpo.trainer.dataset import check_columns, columns_of, features_after, table_of
+from fastdpo.data.validate import REF_COLUMNS, TOKENIZED, common_prefix_length, data_of, is_tokenized, row_problem
+from fastdpo.trainer.dataset import check_columns, columns_of, features_after, table_of, with_other_columns
 from fastdpo.types import DataError
 
 logger = logging.getLogger(__name__)
@@ -49,15 +50,16 @@ def prepare_scored(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> Any
         prepared = dataset.map(prepare, with_indices=True, **options)
     if isinstance(prepared, Dataset):
         check_columns(prepared, name, "margin")
+        prepared = with_other_columns(prepared, dataset, (*KEPT, *_OLDER, *REF_COLUMNS))
     return prepared if args.max_length is None else _fitting(prepared, args.max_length, name)
 
 
-def _fits(row: dict[str, Any], max_length: int) -> bool:
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
+def _fits(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], max_length: int) -> bool:
+    return len(prompt) + max(len(chosen), len(rejected)) <= max_length
 
 
 def _fitting(dataset: Any, max_length: int, name: str) -> Any:
-    options: dict[str, Any] = {"fn_kwargs": {"max_length": max_length}}
+    options: dict[str, Any] = {"fn_kwargs": {"max_length": max_length}, "input_columns": list(TOKENIZED)}
     if isinstance(dataset, IterableDataset):
         return dataset.filter(_fits, **options)
     kept = dataset.filter(_fits, desc=f"checking lengths of {name}", **options)

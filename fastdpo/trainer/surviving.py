@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,6 +56,9 @@ class SurvivingTrainer(Trainer):
     def _flops_of(self, inner: Any) -> StepFlops:
         raise NotImplementedError
 
+    def _model_lent(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         self._step_parts.grad_norm = norm
@@ -84,6 +88,7 @@ class SurvivingTrainer(Trainer):
         self._watch.steps.clear()
         self._step_parts = StepParts()
         self._metrics["train"].clear()
+        self._throughput.total_unshared = 0
         self._passes = 0  # over the data, begun
         self._last_logged, self._skipped = self.state.global_step, 0
 
@@ -92,7 +97,10 @@ class SurvivingTrainer(Trainer):
         self._throughput.restart()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(Path(self.args.output_dir)) or True
-        with freed_memory_kept(self.args.device), self._stop_request.listening():
+        self._saved_step = None
+        with freed_memory_kept(self.args.device), self._stop_request.listening(), ExitStack() as self._lending:
+            if self.model_init is None:  # else `call_model_init` lends the model that it makes
+                self._lending.enter_context(self._model_lent())
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self.check_finite()
             told = max(number for (number,) in self._host_counts.gather([self._stop_request.signal or 0]))
@@ -122,6 +130,9 @@ class SurvivingTrainer(Trainer):
             logs["num_tokens"] = self.num_tokens()
             dtype = self._autocast_dtype or self._inner(self.model).dtype
             logs.update(self._throughput.take(dtype))
+        elif "train_runtime" in logs:  # the last record: of the steps since the one before
+            logs.update(self._metrics["train"].take(self._reduce))
+            logs["num_tokens"] = self.num_tokens()
         super().log(logs, start_time)
 
     def _leave_out_skipped(self, logs: dict[str, float]) -> None:

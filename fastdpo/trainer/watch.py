@@ -78,20 +78,7 @@ def write_aside(path: Path, step: int, rows: Sequence[Any], dataset: Any, proces
             return
         places = [place for place, number in enumerate(dataset["row_number"]) if number in numbers]
         for row in dataset.select(places):
-            file.write(json.dumps({"step": step, "process": process, **row}) + "\n")
-
-
-class PatientWorker:
-    """A data loader's worker that leaves signals to the run: it is stopped when the run is done with it."""
-
-    def __init__(self, begin: Any) -> None:
-        self.begin = begin
-
-    def __call__(self, number: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if self.begin is not None:
-            self.begin(number)
+            file.write(json.dumps({"step": step, "process": process, **row}, default=str) + "\n")
 
 
 class StopRequest:

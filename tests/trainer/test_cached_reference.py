@@ -163,7 +163,7 @@ def test_a_later_set_without_columns_needs_a_reference(tmp_path):
     rows = [dict(row, ref_chosen_logps=-1.0, ref_rejected_logps=-2.0) for row in random_rows(4)]
     run = trainer(tmp_path, rows=rows, max_steps=1)
     run.train()
-    with pytest.raises(ValueError, match="this evaluation set has no ref_chosen_logps"):
+    with pytest.raises(ValueError, match="these rows have no ref_chosen_logps"):
         run.evaluate(random_rows(4, seed=1))
     assert run.evaluate(rows)["eval_loss"] > 0
     other = trainer(tmp_path, rows=rows, ref_model=tiny_model(seed=1), max_steps=1)
