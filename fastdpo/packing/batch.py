@@ -49,8 +49,9 @@ class PreferenceBatch(dict):
     score_rows       (S,) packed, for a reward model: rows of the flattened hidden states that its head scores, those of
                      each sequence's last token that is not score_pad_id
     mean_chosen_length  of a batch in parts: mean tokens of the whole batch's chosen answers
-    targets          how many targets there are by kind: "all", "chosen" (best, desirable) and "rejected"; target_shares, of
-                     a part of a batch, its share of the batch's, which has batch_pairs (pairs, desirable answers)
+    targets          how many targets there are by kind: "all", "chosen" (best, desirable) and "rejected"
+    target_shares    of a part of a batch: its share of the batch's targets, by kind; batch_pairs says how many pairs,
+                     and how many desirable answers, the batch has
     longest          tokens of the longest sequence; of a batch in parts, of the whole batch
     weight           0 where the batch only keeps step with other processes; default 1
     """
