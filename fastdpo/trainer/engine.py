@@ -126,6 +126,7 @@ class PreferenceTrainer(ReferencedTrainer):
             eval_dataset = self._prepared(eval_dataset, processing_class, args, "eval")
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._lent_model: LentModel | None = None
+        caches = inner.config.use_cache if hasattr(inner.config, "use_cache") else None
         super().__init__(
             model=model,
             args=args,
@@ -136,6 +137,8 @@ class PreferenceTrainer(ReferencedTrainer):
             **options,
         )
         self.model_init = model_init
+        if caches is not None:  # which transformers switches off for good; no pass of ours asks for a cache
+            inner.config.use_cache = caches
         # Instead of transformers' own noise, which depends on how a batch is packed.
         self._noise = None if args.neftune_noise_alpha is None else EmbeddingNoise(args.neftune_noise_alpha)
         self.neftune_noise_alpha = None

@@ -12,8 +12,14 @@ from fastdpo.attention import attention_of, restore_attention
 from fastdpo.models import restore_forward
 from fastdpo.trainer.neftune import EmbeddingNoise
 
-# What transformers leaves on modules where activations are checkpointed.
-_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+# What transformers and accelerate leave on modules: of checkpointed activations, and that the model was prepared.
+_MARKS = (
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_require_grads_hooks",
+    "_require_grads_hook",
+    "_is_accelerate_prepared",
+)
 
 
 class LentModel:
@@ -51,10 +57,10 @@ class LentModel:
             yield
             return
         attention, training = attention_of(self.inner), {module: module.training for module in self.model.modules()}
-        checkpointing = {
+        marks = {
             (module, name): module.__dict__[name]
             for module in self.model.modules()
-            for name in _CHECKPOINTING
+            for name in _MARKS
             if name in module.__dict__
         }
         hooks = getattr(self.inner, "_require_grads_hooks", None)
@@ -70,9 +76,9 @@ class LentModel:
                 self.inner.disable_input_require_grads()
             for module in self.model.modules():
                 module.training = training.get(module, False)
-                for name in _CHECKPOINTING:
-                    if (module, name) in checkpointing:
-                        module.__dict__[name] = checkpointing[module, name]
+                for name in _MARKS:
+                    if (module, name) in marks:
+                        module.__dict__[name] = marks[module, name]
                     else:
                         module.__dict__.pop(name, None)
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import atexit
+import functools
 import os
 import signal
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
-
-# Shared with all workers: 1 when the program ends.
-_ended = torch.zeros(1, dtype=torch.uint8).share_memory_()
+from torch import Tensor
 
 
-@atexit.register
-def _end() -> None:
-    """Before multiprocessing's own exit, which sends SIGTERM to the workers that are left and waits for them."""
-    _ended.fill_(1)
+@functools.cache
+def _ended(process: int) -> Tensor:
+    """What a process shares with the workers that it begins: 1 when it comes to its end.
+
+    That is before multiprocessing sends SIGTERM to the workers that are left and waits for them.
+    """
+    ended = torch.zeros(1, dtype=torch.uint8).share_memory_()
+    Finalize(None, ended.fill_, args=(1,), exitpriority=100)
+    return ended
 
 
 class PatientWorker:
@@ -26,7 +30,7 @@ class PatientWorker:
     """
 
     def __init__(self, begin: Any) -> None:
-        self.begin, self.ended = begin, _ended
+        self.begin, self.ended = begin, _ended(os.getpid())
 
     def __call__(self, number: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -36,4 +40,4 @@ class PatientWorker:
 
     def _asked(self, number: int, frame: Any) -> None:
         if self.ended.item():
-            os._exit(128 + number)
+            os._exit(0)  # anything else is an error to the process that waits for it
