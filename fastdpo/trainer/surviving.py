@@ -130,10 +130,9 @@ class SurvivingTrainer(Trainer):
             logs["num_tokens"] = self.num_tokens()
             dtype = self._autocast_dtype or self._inner(self.model).dtype
             logs.update(self._throughput.take(dtype))
-        elif "train_runtime" in logs:  # the last record: of the steps since the one before
-            if left := self._metrics["train"].take(self._reduce):
-                logs.update(left)
-                logs["num_tokens"] = self.num_tokens()
+        elif "train_runtime" in logs and (left := self._metrics["train"].take(self._reduce)):
+            logs.update(left)  # in the last record: of the steps since the one before
+            logs["num_tokens"] = self.num_tokens()
         super().log(logs, start_time)
 
     def _leave_out_skipped(self, logs: dict[str, float]) -> None:
