@@ -8,6 +8,7 @@ from fastdpo.attention.interface import (
     packed_layers,
     register,
     restore_attention,
+    set_attention,
 )
 from fastdpo.attention.select import BACKENDS, select_backend
 
@@ -22,4 +23,5 @@ __all__ = [
     "register",
     "restore_attention",
     "select_backend",
+    "set_attention",
 ]

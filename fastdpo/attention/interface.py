@@ -134,18 +134,24 @@ def packed_forward(model: Any) -> Iterator[None]:
     The model has its own attention again afterwards, unless gradient checkpointing is going to run layers a second time
     in the backward: then whoever runs that backward restores it (`attention_of`).
     """
-    register()
-    compiling = torch.compiler.is_compiling()
-    own = [] if compiling else attention_of(model)
-    if model.config._attn_implementation != ATTENTION_NAME:
-        model.set_attn_implementation(ATTENTION_NAME)
+    own = set_attention(model)
     token = _packed.set(True)
     try:
         yield
     finally:
         _packed.reset(token)
-        if not (compiling or (torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False))):
+        if own and not (torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)):
             restore_attention(own)
+
+
+def set_attention(model: Any) -> list[tuple[Any, str | None]]:
+    """Gives a model the attention "fastdpo"; what `restore_attention` takes, nothing where it has it already."""
+    register()
+    if model.config._attn_implementation == ATTENTION_NAME:
+        return []
+    own = [] if torch.compiler.is_compiling() else attention_of(model)
+    model.set_attn_implementation(ATTENTION_NAME)
+    return own
 
 
 def attention_of(model: Any) -> list[tuple[Any, str | None]]:

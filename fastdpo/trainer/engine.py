@@ -215,10 +215,10 @@ class PreferenceTrainer(ReferencedTrainer):
     def _model_lent(self) -> Iterator[None]:
         """Within it the policy, and a reference that came as a model, are what training and evaluation need."""
         if self._lent_model is None or self._lent_model.model is not self.model:
+            inner, reference = self._inner(self.model), self._reference.model
+            packed = [] if self.packing == "padded" else [inner, *([] if reference is None else [causal_lm(reference)])]
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            self._lent_model = LentModel(
-                self.model, self._inner(self.model), self._extend, self._noise, sharded=sharded
-            )
+            self._lent_model = LentModel(self.model, inner, self._extend, self._noise, packed, sharded=sharded)
         with self._lent_model.lent():
             yield
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from fastdpo.attention import attention_of, restore_attention
+from fastdpo.attention import attention_of, restore_attention, set_attention
 from fastdpo.models import restore_forward
 from fastdpo.trainer.neftune import EmbeddingNoise
 
@@ -31,10 +31,15 @@ class LentModel:
     """
 
     def __init__(
-        self, model: Any, inner: Any, extend: Callable[[Any], None], noise: EmbeddingNoise | None, *, sharded: bool
-    ) -> None:
-        """`sharded`: the model is taken over by what shards it, and its forward is not given back."""
+        self, model: Any, inner: Any, extend: Callable[[Any], None], noise: EmbeddingNoise | None,
+        packed: Sequence[Any], *, sharded: bool,
+    ) -> None:  # fmt: skip
+        """
+        packed   transformers models that are going to run packed: they have packed attention the whole time
+        sharded  the model is taken over by what shards it, and its forward is not given back
+        """
         self.model, self.inner, self._extend, self._noise, self._sharded = model, inner, extend, noise, sharded
+        self._packed = packed
         self._depth = 0
 
     @contextmanager
@@ -56,7 +61,9 @@ class LentModel:
             self._extend(self.inner)
             yield
             return
-        attention, training = attention_of(self.inner), {module: module.training for module in self.model.modules()}
+        attention = [of for model in {id(model): model for model in (self.inner, *self._packed)}.values()
+                     for of in attention_of(model)]  # fmt: skip
+        training = {module: module.training for module in self.model.modules()}
         marks = {
             (module, name): module.__dict__[name]
             for module in self.model.modules()
@@ -65,6 +72,8 @@ class LentModel:
         }
         hooks = getattr(self.inner, "_require_grads_hooks", None)
         self._extend(self.inner)
+        for model in self._packed:
+            set_attention(model)
         try:
             yield
         finally:

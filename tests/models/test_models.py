@@ -126,7 +126,7 @@ def test_generation_still_works_after_a_packed_pass():
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
     before = model.generate(prompt, **options)
     verify_packing(model, "prefix")
-    assert model.config._attn_implementation == "fastdpo"
+    assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model.generate(prompt, **options), before)
 
 

@@ -362,7 +362,8 @@ class Counted:
 
             return call
 
-        run.model.forward = entered(run.model.forward)
+        run.model.register_forward_pre_hook(lambda *call: self._move(1))
+        run.model.register_forward_hook(lambda *call: self._move(-1))
         run.accelerator.backward = entered(run.accelerator.backward)
         owner = self
 
@@ -380,3 +381,6 @@ class Counted:
                 owner.within.append(counts[1])
 
         run.add_callback(Steps())
+
+    def _move(self, by):
+        self._depth += by
