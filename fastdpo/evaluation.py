@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from fastdpo.models import causal_lm, evaluating
+from fastdpo.models import causal_lm, evaluating, position_limit
 from fastdpo.packing import PreferenceCollator
 from fastdpo.scoring import completion_logps
 
@@ -62,9 +62,9 @@ def measure_preference(
 
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[Any], *, max_new_tokens: int = 48, progress: bool = True,
-    description: str = "generating",
+    description: str = "generating", max_length: int | None = None,
 ) -> list[str]:  # fmt: skip
-    """The model's greedy answer to each prompt (messages or text)."""
+    """The model's greedy answer to each prompt (messages or text), of which the end stays where it is too long."""
     ids = []
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -73,21 +73,32 @@ def generate(
             rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
             ids.append(rendered["input_ids"])
     return generate_from_ids(
-        model, tokenizer, ids, max_new_tokens=max_new_tokens, progress=progress, description=description
-    )
+        model, tokenizer, ids, max_new_tokens=max_new_tokens, progress=progress, description=description,
+        max_length=max_length,
+    )  # fmt: skip
 
 
 def generate_from_ids(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 48, progress: bool = True,
-    description: str = "generating",
+    description: str = "generating", max_length: int | None = None,
 ) -> list[str]:  # fmt: skip
-    """The same for prompts of token ids."""
+    """The same for prompts of token ids.
+
+    Args:
+        max_length: of a prompt's tokens; prompt and answer together have at most the model's positions.
+    """
     inner = causal_lm(model)
+    limit = position_limit(inner)
+    if limit is not None:
+        max_new_tokens = min(max_new_tokens, max(1, limit.tokens // 2))
+        room = max(1, limit.tokens - max_new_tokens)
+        max_length = room if max_length is None else min(max_length, room)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     answers = []
     with evaluating(model), torch.no_grad():
         for prompt in tqdm(prompts, desc=description, unit="answer", disable=not progress, leave=False):
-            ids = torch.tensor([list(prompt)], device=inner.device)
+            kept = list(prompt) if max_length is None else list(prompt)[-max_length:]
+            ids = torch.tensor([kept], device=inner.device)
             out = inner.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
                 use_cache=True, pad_token_id=pad,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.groups import KINDS, KL, GroupInputs, Groups, RefLogps, check_inputs, check_reduction
+from fastdpo.groups.checks import known_on_host
 from fastdpo.groups.tokens import (
     check_rows,
     loss_of_tokens,
@@ -102,6 +103,10 @@ def loss(
 
     Returns:
         LossOutput; gradients reach `logits` through `.loss` and `.losses`.
+
+    Raises:
+        ValueError: arguments that do not fit; on a CPU also a label outside [0, V) that is not `ignore_index`, with its
+            place. On a GPU, where looking would wait for the device, and under torch.compile, its pair is NaN.
     """
     losses = resolve_losses(loss_type, loss_weights, beta=beta, label_smoothing=label_smoothing, **loss_options)
     check_reduction(reduction)
@@ -113,11 +118,13 @@ def loss(
     _check_token_inputs(losses, inputs)
     if sequence_ids is None:
         count = padded_sequences("logits", logits, labels, losses)
+        _check_labels(labels, logits.shape[-1], ignore_index, first=1)
         # Shifting the labels leaves the logits where they are: the last position has no target and is not read.
         labels = torch.cat([labels[:, 1:], labels.new_full((count, 1), ignore_index)], dim=1)
         sequence_ids = torch.arange(count, device=logits.device).unsqueeze(1).expand_as(labels)
     else:
         count, sequence_ids = _packed(inputs, losses, sequence_ids, logits, "logits")
+        _check_labels(labels, logits.shape[-1], ignore_index)
     logps, stats = token_logps_with_stats(
         logits, labels, options, stats=token_metrics or losses.use_weighting, inplace_backward=inplace_backward,
         impl=impl,
@@ -209,10 +216,12 @@ def linear_loss(
     _check_token_inputs(losses, inputs)
     if sequence_ids is None:
         count = padded_sequences("hidden", hidden, labels, losses)
+        _check_labels(labels, weight.shape[0], ignore_index, first=1)
         hidden, labels, sequence_ids = _targets_of_padded(hidden, labels, ignore_index)
         tokens_per_pair = None
     else:
         count, sequence_ids = _packed(inputs, losses, sequence_ids, hidden, "hidden")
+        _check_labels(labels, weight.shape[0], ignore_index)
     check_linear(hidden, weight, labels, bias)
     budget = resolve_budget(memory_budget, hidden.device)
     head: dict[str, Any] = {"bias": bias, "head_dtype": head_dtype, "memory_budget": budget, "impl": impl}
@@ -288,6 +297,26 @@ def _packed(
     check_integers("sequence_ids", sequence_ids)
     check_device("sequence_ids", sequence_ids, tensor, name)
     return packed_sequences(inputs, losses, sequence_ids, tensor, name), sequence_ids.long()
+
+
+def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int, first: int = 0) -> None:
+    """That labels on a CPU are tokens; on a GPU, where looking would wait for the device, others give NaN.
+
+    first: the first position that is a target
+
+    Raises:
+        ValueError: the first label outside [0, V) that is not `ignore_index`, and where it stands.
+    """
+    if not known_on_host(labels):
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    wrong[..., :first] = False
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels{place} is {int(labels[tuple(place)])}, and there are {vocabulary} tokens; labels must lie in "
+            f"[0, {vocabulary}) or be ignore_index={ignore_index}."
+        )
 
 
 def _check_token_inputs(losses: WeightedLosses, inputs: GroupInputs) -> None:

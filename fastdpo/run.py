@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdpo.data.validate import TOKENIZED, data_of, implicit_prompt_length, is_tokenized
+from fastdpo.saving import disk_error, replacing
+from fastdpo.stopping import Signals
 from fastdpo.types import DataError, UserError
 
 HELD_OUT_SHARE = 0.1
@@ -20,25 +25,33 @@ SHOWN_PROMPTS = 3
 
 @dataclass(frozen=True)
 class RunData:
-    """Rows as they stand in the files; checked."""
+    """Rows as they stand in the files, checked, with the number and the place of each."""
 
     train: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
 
 
-def load_data(dataset: str | Path, eval_dataset: str | Path | None) -> RunData:
+def load_data(
+    dataset: str | Path,
+    eval_dataset: str | Path | None,
+    *,
+    split: str | None = None,
+    eval_split: str | None = None,
+) -> RunData:
     """Reads and checks all rows of what `fastdpo.data.open_rows` takes.
 
-    Without an evaluation set, every tenth row or so is held out (a fixed draw).
+    Without an evaluation set, the rows of every tenth prompt or so are held out (a fixed draw): no held-out prompt is
+    trained on. Rows carry their number in what was read, from 0, as `row_number`, and their place in words.
 
     Raises:
         DataError: names file, row and remedy.
     """
-    from fastdpo.data import read_rows, validate_rows
-    from fastdpo.data.validate import data_of
+    from fastdpo.data import open_rows, validate_rows
+    from fastdpo.trainer.dataset import PLACE
 
-    def load(path: str | Path) -> list[dict[str, Any]]:
-        rows, places = read_rows(path)
+    def load(path: str | Path, split: str | None) -> list[dict[str, Any]]:
+        placed = list(open_rows(path, split=split).unchecked())
+        rows, places = [row for _, row in placed], [place for place, _ in placed]
         validate_rows(rows, places)
         for row, place in zip(rows, places, strict=True):
             if data_of(row) != "pairs":
@@ -46,15 +59,54 @@ def load_data(dataset: str | Path, eval_dataset: str | Path | None) -> RunData:
                     f"{place}: it is one of {data_of(row)}, and this command trains on pairs (prompt, chosen, "
                     "rejected); train on others from Python (examples/ranked_lists.py, fastdpo.KTOTrainer)."
                 )
-        return rows
+        return [{**row, "row_number": number, PLACE: place} for number, (place, row) in enumerate(placed)]
 
-    train = load(dataset)
-    if eval_dataset is not None:
-        return RunData(train, load(eval_dataset))
-    order = list(range(len(train)))
-    random.Random(0).shuffle(order)
-    held_out = set(order[: round(len(train) * HELD_OUT_SHARE)])
-    return RunData([row for i, row in enumerate(train) if i not in held_out], [train[i] for i in sorted(held_out)])
+    if str(eval_dataset) == str(dataset) == "-":
+        raise DataError("--dataset and --eval_dataset are both standard input, which comes once; give one as a file.")
+    train = load(dataset, split)
+    if eval_dataset is None:
+        return _held_out(train)
+    held_out = load(eval_dataset, eval_split)
+    trained = {_prompt_key(row) for row in train}
+    both = sum(_prompt_key(row) in trained for row in held_out)
+    if both:
+        tell(
+            f"{both} of {len(held_out)} rows of {eval_dataset} have a prompt that is trained on, too; what is measured "
+            "on them says less."
+        )
+    return RunData(train, held_out)
+
+
+def _held_out(rows: list[dict[str, Any]]) -> RunData:
+    """A tenth of the rows, of whole prompts, apart from the others; none where the prompts are too few for that."""
+    by_prompt: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_prompt.setdefault(_prompt_key(row), []).append(number)
+    prompts = list(by_prompt.values())
+    random.Random(0).shuffle(prompts)
+    wanted = round(len(rows) * HELD_OUT_SHARE)
+    held_out: set[int] = set()
+    for numbers in prompts:
+        if len(held_out) < wanted and len(held_out) + len(numbers) <= 2 * wanted:
+            held_out.update(numbers)
+    if wanted and not held_out:
+        tell(
+            f"no pair is held out: the {len(rows)} rows have {len(prompts)} prompts, each with too many rows to leave "
+            "them out; give --eval_dataset to measure."
+        )
+    return RunData(
+        [row for number, row in enumerate(rows) if number not in held_out], [rows[n] for n in sorted(held_out)]
+    )
+
+
+def _prompt_key(row: dict[str, Any]) -> str:
+    """Equal for rows whose prompts are the same."""
+    if is_tokenized(row):
+        return json.dumps(list(row["prompt_ids"]))
+    prompt = row.get("prompt")
+    if prompt is None:
+        prompt = row["chosen"][: implicit_prompt_length(row["chosen"], row["rejected"])]
+    return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
 
 
 def check_output_dir(path: str | Path, option: str = "--output_dir") -> Path:
@@ -163,21 +215,58 @@ def _with_adapter(model: Any, path: str, allow_pickle: bool) -> Any:
         raise UserError(f"{path} cannot be put on this model as an adapter: {reason}") from error
 
 
-def run(model: Any, tokenizer: Any, data: RunData, args: Any, *, title: str) -> dict[str, Any]:
-    """Measures, trains, measures again, saves; returns the summary that it also prints and writes.
+@dataclass
+class Progress:
+    """How far a run has come, for what is said if it ends early."""
 
-    Writes into args.output_dir: the model, report.png, summary.json.
+    stage: str = "before"  # then "training", "trained", "saved"
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    data: RunData,
+    args: Any,
+    *,
+    title: str,
+    signals: Signals | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measures, trains, saves, measures again; returns the summary that it also prints and writes.
+
+    Writes into args.output_dir: the model, as soon as it is trained, then report.png and summary.json.
+
+    Args:
+        signals: which are held from the end of training until the model is saved.
+        overwrite: delete checkpoints of another run in args.output_dir before training.
+
+    Raises:
+        UserError: options, data, a checkpoint or a disk that cannot be used.
     """
     from fastdpo.evaluation import generate, measure_preference
     from fastdpo.progress import show_progress
     from fastdpo.report import speed_summary, write_report
-    from fastdpo.trainer import DPOTrainer
+    from fastdpo.saving import drop_checkpoints, part_links
+    from fastdpo.trainer.command_trainer import CommandTrainer
 
     started = time.perf_counter()
-    show = not args.disable_tqdm
-    trainer = DPOTrainer(model, args=args, train_dataset=data.train, processing_class=tokenizer)
+    progress, signals = progress or Progress(), signals or Signals()
+    show, output = not args.disable_tqdm, Path(args.output_dir)
+    _check_optimizer(args, model)
+    held_out = _tokenized(data.held_out, tokenizer, args, model)
+    with _users_mistakes("the run cannot begin"):
+        trainer = CommandTrainer(
+            model,
+            args=args,
+            train_dataset=list(data.train),
+            eval_dataset=_evaluated(data, args),
+            processing_class=tokenizer,
+        )
     show_progress(trainer)
-    held_out = _tokenized(data.held_out, tokenizer, args)
+    resumed = args.resume_from_checkpoint
+    if resumed:
+        trainer.check_checkpoint(Path(resumed))
     shown = _shown_prompts(data.held_out)
     options = {"max_length": args.max_length, "packing": trainer.packing, "progress": show}
 
@@ -185,16 +274,29 @@ def run(model: Any, tokenizer: Any, data: RunData, args: Any, *, title: str) -> 
         preference = None
         if held_out:
             preference = measure_preference(model, held_out, description=f"held-out pairs, {when}", **options)
-        answers = generate(model, tokenizer, shown, description=f"answers, {when}", progress=show)
+        answers = generate(
+            model, tokenizer, shown, description=f"answers, {when}", progress=show, max_length=args.max_length
+        )
         return preference, answers
 
     before, answers_before = look("before")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    first = trainer.is_world_process_zero()
+    if first:
+        part_links(output)
+        if overwrite:
+            drop_checkpoints(output)
+    progress.stage = "training"
+    trainer.when_trained = signals.hold
+    trainer.train(resume_from_checkpoint=resumed)
+    progress.stage = "trained"
+    trainer.save_whole(output)
+    progress.stage = "saved"
+    signals.release()
     after, answers_after = look("after")
-    _save(trainer, args.output_dir)
 
     history = trainer.state.log_history
     summary = {
+        "title": title,
         "held_out_before": before and before.as_dict(),
         "held_out_after": after and after.as_dict(),
         "generations": [
@@ -205,41 +307,112 @@ def run(model: Any, tokenizer: Any, data: RunData, args: Any, *, title: str) -> 
         "speed": speed_summary(history),
         "seconds": time.perf_counter() - started,
     }
-    if not trainer.is_world_process_zero():
+    if not first:
         return summary
-    output = Path(args.output_dir)
-    (output / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_report(
-        output / "report.png", history, title=title, before=summary["held_out_before"], after=summary["held_out_after"]
-    )
+    otherwise = f"the trained model is saved in {output}, but not what was measured"
+    with _writing(output, otherwise), replacing(output) as folder:
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        (folder / "summary.json").write_text(text, encoding="utf-8")
+        write_report(
+            folder / "report.png", history, title=title, before=summary["held_out_before"],
+            after=summary["held_out_after"],
+        )  # fmt: skip
     print(describe(summary, output))
     return summary
 
 
-def _save(trainer: Any, folder: str) -> None:
-    from safetensors import SafetensorError
+@contextmanager
+def _writing(folder: Path, otherwise: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        raise UserError(f"{folder} cannot be written to ({reason}): {otherwise}; free space there.") from error
+
+
+@contextmanager
+def _users_mistakes(what: str) -> Iterator[None]:
+    """ValueErrors, missing packages and files, which options and data cause, as UserErrors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        raise UserError(f"{what}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_optimizer(args: Any, model: Any) -> None:
+    """That optimizer and schedule can be made: transformers would make them when the references are computed."""
+    import torch
+    from transformers import Trainer, get_scheduler
 
     try:
-        trainer.save_model(folder)
-    except (OSError, SafetensorError) as error:
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except Exception as error:  # of packages that are missing, values that are no numbers, names that are unknown
         raise UserError(
-            f"{folder}: the trained model could not be saved ({error}); free space and train again."
+            f"--optim {getattr(args.optim, 'value', args.optim)} cannot be used: {one_line(error)}"
         ) from error
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=2,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
+        )  # fmt: skip
+    except Exception as error:
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise UserError(f"--lr_scheduler_type {name} cannot be used: {one_line(error)}") from error
 
 
-def _tokenized(rows: Sequence[dict[str, Any]], tokenizer: Any, args: Any) -> list[dict[str, Any]]:
-    from fastdpo.trainer.dataset import prepare_dataset
+def _evaluated(data: RunData, args: Any) -> Any:
+    """What `--eval_strategy` evaluates in training: the held-out pairs; None where it is not asked for."""
+    if getattr(args.eval_strategy, "value", args.eval_strategy) == "no" and not args.eval_on_start:
+        return None
+    if not data.held_out:
+        raise UserError("--eval_strategy needs held-out pairs, and there are none; give some with --eval_dataset.")
+    return list(data.held_out)
+
+
+def _tokenized(rows: Sequence[dict[str, Any]], tokenizer: Any, args: Any, model: Any) -> list[dict[str, Any]]:
+    from fastdpo.models import causal_lm, position_limit
+    from fastdpo.trainer.dataset import NoRowLeft, check_lengths, prepare_dataset
 
     if not rows:
         return []
     try:
-        return prepare_dataset(list(rows), tokenizer, args, name="held-out").to_list()
-    except DataError:
-        return []  # every held-out prompt fills max_length: there is nothing to measure
+        held_out = prepare_dataset(list(rows), tokenizer, args, name="held-out")
+    except NoRowLeft as error:
+        tell(f"nothing is measured on held-out pairs: {error}")
+        return []
+    inner = causal_lm(model)
+    check_lengths(held_out, position_limit(inner), args, name="held-out")
+    embeddings = inner.get_input_embeddings().weight.shape[0]
+    prepared: list[dict[str, Any]] = held_out.to_list()
+    for row in prepared:
+        largest = max(max(row[name], default=0) for name in TOKENIZED)
+        if largest >= embeddings:
+            raise DataError(
+                f"held-out data set, row {row['row_number']} (counted from 0): it holds the id {largest}, and the "
+                f"model has embeddings for {embeddings} tokens; tokenize the rows for this model."
+            )
+    return prepared
+
+
+def tell(text: str) -> None:
+    """A note on stderr, once for all processes."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"fastdpo: {text}", file=sys.stderr)
 
 
 def _shown_prompts(rows: Sequence[dict[str, Any]]) -> list[Any]:
-    return [row["prompt"] for row in rows if row.get("prompt") is not None][:SHOWN_PROMPTS]
+    prompts = {_prompt_key(row): row["prompt"] for row in rows if row.get("prompt") is not None}
+    return list(prompts.values())[:SHOWN_PROMPTS]
 
 
 def _prompt_text(prompt: Any) -> str:

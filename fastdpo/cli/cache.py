@@ -136,7 +136,7 @@ def _agrees(options: argparse.Namespace) -> bool:
     found = recheck(
         reference.model,
         (row for _, row in rows),
-        ReferenceCache(options.cache),
+        ReferenceCache(options.cache, set_aside_damaged=False),
         rows=options.rows,
         tokenizer=reference.tokenizer,
         max_length=options.max_length,

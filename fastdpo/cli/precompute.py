@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.arguments import count, flag, shard
+from fastdpo.cli.paths import check_precompute
 from fastdpo.cli.reference_model import add_data_arguments, add_model_arguments, check_model, load_reference
 from fastdpo.types import UserError
 
@@ -67,6 +68,7 @@ def _precompute(options: argparse.Namespace, rest: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is computed is written, then the process ends
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_model(options)
+    check_precompute(options)
     if options.output and not Path(options.output, MANIFEST).exists():  # one that is there may have all that is wanted
         check_output_dir(options.output, "--output")
     rows = open_rows(options.dataset, split=options.split, streaming=options.streaming)

@@ -34,6 +34,9 @@ ROW_COLUMNS = {
 }
 
 
+LARGEST_ID = (1 << 63) - 1  # of a token: batches are int64
+
+
 def is_tokenized(row: Mapping[str, Any]) -> bool:
     return any(name in row for columns in ID_COLUMNS.values() for name in columns)
 
@@ -254,8 +257,14 @@ def _tokenized_problem(row: Mapping[str, Any]) -> str | None:
 
 def _are_ids(ids: Any) -> bool:
     if isinstance(ids, np.ndarray):
-        return ids.ndim == 1 and (not len(ids) or (ids.dtype.kind in "iu" and bool(ids.min() >= 0)))
-    return isinstance(ids, list | tuple) and all(isinstance(token, int) and token >= 0 for token in ids)
+        whole = ids.dtype.kind in "iu"
+        return ids.ndim == 1 and (not len(ids) or (whole and int(ids.min()) >= 0 and int(ids.max()) <= LARGEST_ID))
+    return isinstance(ids, list | tuple) and all(_is_id(token) for token in ids)
+
+
+def _is_id(token: Any) -> bool:
+    number = isinstance(token, int | np.integer) and not isinstance(token, bool)
+    return number and 0 <= token <= LARGEST_ID
 
 
 def implicit_prompt_length(chosen: Any, rejected: Any) -> int:

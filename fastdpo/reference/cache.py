@@ -77,6 +77,8 @@ class ReferenceCache:
         per_token: whether values of each token are needed beside the sums. A new folder keeps them unless this is
             False. A folder that exists decides for itself; True is refused where it keeps sums only.
         about: what people may want to know of a new folder, the model's name for instance. Never compared.
+        set_aside_damaged: rename damaged shards, so that what writes their values again can go on. False: they are
+            only left out, and reading changes nothing on disk.
 
     Raises:
         UserError: the folder belongs to another model, dtype or format, or is no cache, or cannot be used.
@@ -89,8 +91,10 @@ class ReferenceCache:
         *,
         per_token: bool | None = None,
         about: Mapping[str, str] | None = None,
+        set_aside_damaged: bool = True,
     ) -> None:
         self.path = Path(path)
+        self._sets_aside = set_aside_damaged
         self._about = dict(about or {})
         self._index = ShardIndex()
         self._seen: set[str] = set()
@@ -264,11 +268,9 @@ class ReferenceCache:
             except FileNotFoundError:
                 continue  # another process has just set it aside, or put it into a larger one
             except DamagedShard as error:
-                warnings.warn(
-                    f"{shard} is damaged ({error}); {set_aside(shard)}, and the values it held will be computed again.",
-                    DamageWarning,
-                    stacklevel=5,
-                )
+                after = ", and the values it held will be computed again" if self._sets_aside else ""
+                said = f"{shard} is damaged ({error}); {self._set_aside(shard)}{after}."
+                warnings.warn(said, DamageWarning, stacklevel=5)
                 continue
             yield name, *columns
 
@@ -301,7 +303,7 @@ class ReferenceCache:
         """Forgets a shard, and looks whether others hold the keys."""
         shard = self.path / self._index.shards[lost.number]
         damage = lost.__cause__ if isinstance(lost.__cause__, DamagedShard) else None
-        said = f"{shard} is damaged ({damage}); {set_aside(shard)}" if damage else f"{shard} is gone"
+        said = f"{shard} is damaged ({damage}); {self._set_aside(shard)}" if damage else f"{shard} is gone"
         self._index.drop([lost.number])
         self.reload()
         if (self._index.find(keys).shard < 0).any():
@@ -310,6 +312,9 @@ class ReferenceCache:
             ) from None
         if damage:
             warnings.warn(f"{said}, and what was asked for was read from other shards.", DamageWarning, stacklevel=3)
+
+    def _set_aside(self, shard: Path) -> str:
+        return set_aside(shard) if self._sets_aside else "it is left out"
 
     def _sums_only(self) -> UserError:
         return UserError(

@@ -41,6 +41,7 @@ from fastdpo.reference.shard import (
     shard_name,
     write_shard,
 )
+from fastdpo.saving import same_place
 from fastdpo.types import UserError
 
 __all__ = ["CacheInfo", "Merged", "Pruned", "Report", "describe", "merge", "prune", "verify"]
@@ -223,7 +224,7 @@ def merge(target: str | Path, sources: Sequence[str | Path]) -> Merged:
 
 
 def _check_mergeable(source: Path, kind: Kind, target: Path, base: Path, wanted: Kind) -> None:
-    if source.resolve() == target.resolve():
+    if same_place(source, target):
         raise UserError(f"{source} is the folder to merge into; leave it out of the sources.")
     differing = differences(kind.fingerprint, wanted.fingerprint)
     if differing:

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 # those columns the first row has.
 Cuts = dict[str, Any]
 
+# A row's place in a file, in words, for messages; the column is dropped.
+PLACE = "place of the row"
+
 # The columns of a tokenized data set, whatever its rows are.
 KEPT = tuple(
     dict.fromkeys(
@@ -89,8 +92,12 @@ def _leaves_a_completion(prompt_ids: Sequence[int], max_length: int) -> bool:
     return len(prompt_ids) < max_length
 
 
-def no_row_left(name: str, args: Any) -> DataError:
-    return DataError(
+class NoRowLeft(DataError):
+    """Every prompt of a data set fills max_length."""
+
+
+def no_row_left(name: str, args: Any) -> NoRowLeft:
+    return NoRowLeft(
         f"no row of the {name} data set is left: every prompt fills max_length={args.max_length}; raise max_length or "
         "set truncation_mode='keep_end'."
     )
@@ -219,7 +226,8 @@ def _from_dataset(dataset: Any, tokenizer: Any, name: str, cuts: Cuts, num_proc:
 
 def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str, cuts: Cuts) -> dict[str, Any]:
     row = {key: value for key, value in row.items() if value is not None}  # tables fill missing fields with None
-    where = f"{name} data set, row {number} (counted from 0)"
+    number = own_number(row, number)
+    where = row.get(PLACE) or f"{name} data set, row {number} (counted from 0)"
     if "image" in row or "images" in row:
         raise DataError(
             f"{where}: it has images, and batches hold tokens only: what a vision model makes of an image depends on "
@@ -241,7 +249,15 @@ def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str, cuts
             lists = column == "completions_ids"
             ids[column] = [each[:end] for each in ids[column]] if lists else ids[column][:end]
     further = {column: row[column] for column in (MISMATCHED, REF_MISMATCHED) if column in row}
-    return {**ids, **further, **_references(row, where), "row_number": row.get("row_number", number)}
+    return {**ids, **further, **_references(row, where), "row_number": number}
+
+
+def own_number(row: dict[str, Any], number: int) -> int:
+    """What the row says of itself, of a data set that was prepared or split before; a column of other things is not."""
+    own = row.get("row_number")
+    if isinstance(own, int | np.integer) and not isinstance(own, bool) and 0 <= own < 1 << 63:
+        return int(own)
+    return number
 
 
 def _given(row: dict[str, Any], names: Iterable[str]) -> set[str]:
@@ -384,8 +400,9 @@ def check_lengths(dataset: Any, limit: PositionLimit | None, args: Any, *, name:
     too_long = 0 if limit is None else int((longest > limit.tokens).sum())
     if limit is not None and too_long:
         row = int(longest.argmax())
+        number = dataset[row].get("row_number", row)
         raise DataError(
             f"{too_long} of {len(longest)} rows of the {name} data set do not fit: the model has {limit.why}, and the "
-            f"longest row, number {row} (counted from 0), has {longest[row]} tokens; set max_length={limit.tokens} to "
-            "cut them, or leave them out."
+            f"longest row, number {number} (counted from 0), has {longest[row]} tokens; set "
+            f"max_length={limit.tokens} to cut them, or leave them out."
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdpo.data.validate import MISMATCHED, SIDES, data_of, implicit_prompt_length, is_tokenized
 from fastdpo.trainer.config import ReferenceConfig, option
 from fastdpo.trainer.constructors import ReferenceTrainer
-from fastdpo.trainer.dataset import columns_of
+from fastdpo.trainer.dataset import columns_of, own_number
 from fastdpo.types import DataError, LossOutput
 
 _CHUNK = 1000  # rows of pairs that are parted at a time: first all chosen answers, then all rejected ones
@@ -135,7 +135,7 @@ def _parted_rows(rows: list[dict[str, Any]], first: int, name: str) -> Iterator[
             raise DataError(f"{name} data set, row {number} (counted from 0): {problem}")
     for side, label in zip(SIDES, (True, False), strict=True):
         for number, row in enumerate(rows, first):
-            answer = {"row_number": number, **row}
+            answer = {**row, "row_number": own_number(row, number)}
             if answer.get("prompt") is None and answer.get(side) is not None:
                 shared = implicit_prompt_length(row["chosen"], row["rejected"])
                 answer["prompt"], answer[side] = answer[side][:shared], answer[side][shared:]

@@ -14,7 +14,14 @@ from datasets import Dataset, IterableDataset
 
 from fastdpo.data.tokenize import tokenized
 from fastdpo.data.validate import REF_COLUMNS, TOKENIZED, common_prefix_length, data_of, is_tokenized, row_problem
-from fastdpo.trainer.dataset import check_columns, columns_of, features_after, table_of, with_other_columns
+from fastdpo.trainer.dataset import (
+    check_columns,
+    columns_of,
+    features_after,
+    own_number,
+    table_of,
+    with_other_columns,
+)
 from fastdpo.types import DataError
 
 logger = logging.getLogger(__name__)
@@ -80,6 +87,7 @@ def _prepared_row(
 ) -> dict[str, Any]:
     """`margins`: whether each row must have one, or none may; None: that is seen later."""
     row = {key: value for key, value in _renamed(row).items() if value is not None}  # tables fill up with None
+    number = own_number(row, number)
     where = f"{name} data set, row {number} (counted from 0)"
     problem = _problem(row)
     if problem is None and margins is not None and margins != ("margin" in row):
@@ -92,7 +100,7 @@ def _prepared_row(
     if whole:
         ids |= _parted(*(ids["prompt_ids"] + ids[side] for side in ("chosen_ids", "rejected_ids")))
     margin = {"margin": float(row["margin"])} if "margin" in row else {}
-    return {**ids, **margin, "row_number": row.get("row_number", number)}
+    return {**ids, **margin, "row_number": number}
 
 
 def _renamed(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a checkpoint holds beside transformers' own files, so that a resumed run goes on to the bit.
 
-fastdpo_state.json      sums of metrics and of the loss since the last log, tokens seen
+fastdpo_state.json      sums of metrics and of the loss since the last log, tokens seen, and what the run is of
 reference.safetensors   a moving reference as it is now
 """
 
@@ -18,12 +18,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdpo.evaluation import generate_from_ids
+from fastdpo.trainer.resuming import STATE, run_identity
 
 if TYPE_CHECKING:
     from fastdpo.trainer.engine import PreferenceTrainer
 
 WATCHED_STEPS = 100  # after which a run that logs seldom looks whether its numbers are numbers
-STATE, REFERENCE = "fastdpo_state.json", "reference.safetensors"
+REFERENCE = "reference.safetensors"
 
 
 def save_state(trainer: PreferenceTrainer, folder: Path) -> None:
@@ -41,6 +42,7 @@ def save_state(trainer: PreferenceTrainer, folder: Path) -> None:
         "skipped": trainer._skipped,
         "passes": trainer._passes,
         "num_tokens": tokens,
+        "run": run_identity(trainer),
     }
     (folder / STATE).write_text(json.dumps(state))
     if getattr(trainer.args, "sync_ref_model", False):

@@ -22,6 +22,7 @@ from fastdpo.trainer.config import PreferenceConfig
 from fastdpo.trainer.kept_reference import ADAPTER, KeptReference
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.passes import HostCounts
+from fastdpo.trainer.resuming import say_what_differs
 from fastdpo.trainer.run_state import newest_checkpoint, save_state
 from fastdpo.trainer.watch import NotFiniteError, StepParts, StepWatch, StopRequest, write_aside
 
@@ -97,6 +98,8 @@ class SurvivingTrainer(Trainer):
         self._throughput.restart()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(Path(self.args.output_dir)) or True
+        if isinstance(resume_from_checkpoint, str | Path):
+            say_what_differs(self, Path(resume_from_checkpoint))
         self._saved_step = None
         with freed_memory_kept(self.args.device), self._stop_request.listening(), ExitStack() as self._lending:
             if self.model_init is None:  # else `call_model_init` lends the model that it makes

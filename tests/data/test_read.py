@@ -21,6 +21,7 @@ import pytest
 from fastdpo.data import open_rows, read, read_rows
 from fastdpo.data.validate import row_problem
 from fastdpo.run import load_data
+from fastdpo.trainer.dataset import PLACE
 from fastdpo.types import DataError
 
 TEXT = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(600)]  # several batches
@@ -85,7 +86,8 @@ def test_every_kind(tmp_path, name, rows):
     places = [place for place, _ in source]
     assert places == [f"{path}, row {i}" for i in range(1, len(rows) + 1)] and not source.stream
     assert read_rows(path) == (rows, places)
-    assert load_data(path, path).train == rows
+    placed = [{**row, "row_number": i, PLACE: place} for i, (place, row) in enumerate(zip(places, rows, strict=True))]
+    assert load_data(path, path).train == placed
 
 
 def test_a_file_without_a_suffix_holds_json_lines(tmp_path):

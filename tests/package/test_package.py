@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fastdpo"
 # Each line may import those above it, and itself.
 ORDER = [
     {"fastdpo_kernels", "types", "device"},
-    {"ops", "losses", "data"},
+    {"ops", "losses", "data", "saving", "stopping"},
     {"groups"},
     {"packing"},
     {"attention"},
