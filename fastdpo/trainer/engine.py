@@ -23,6 +23,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, set_seed
 
+from fastdpo.groups import looked_at
 from fastdpo.models import (
     causal_lm,
     extend_forward,
@@ -220,7 +221,8 @@ class PreferenceTrainer(ReferencedTrainer):
         ref_logps = inputs.get("ref_logps")
         if ref_logps is None and self._losses.needs_reference:
             ref_logps = self._online_reference(inputs)
-        fields = through_forward(model, inputs, ref_logps, loss_options=self._loss_options())
+        with looked_at():
+            fields = through_forward(model, inputs, ref_logps, loss_options=self._loss_options())
         output = LossOutput.from_dict(fields)
         if inputs.get("weight", 1.0) == 0.0:
             return (output.loss * 0.0, output) if return_outputs else output.loss * 0.0
