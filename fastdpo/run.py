@@ -116,9 +116,12 @@ def load_model(
     path: str, dtype: Any, *, adapter: str | None = None, allow_pickle: bool = False, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
     """Model and tokenizer, from local files or by name; with `adapter`, a PEFT adapter on top."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from fastdpo.models import check_architecture
 
     try:
+        check_architecture(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -127,6 +130,8 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+    except UserError:
+        raise
     except Exception as error:  # whatever a malformed file makes its reader raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be loaded as a model: {reason}") from error

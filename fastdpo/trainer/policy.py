@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
+from fastdpo.models import check_architecture, check_no_encoder_decoder, unwrapped
 from fastdpo.types import UserError
 
 # Initialisations of LoRA that change the base weights: without its adapter the model is not what it was.
@@ -20,21 +21,45 @@ def load(model: Any, args: Any, quantization_config: Any = None, *, auto_class: 
     """A model as it is, or loaded from a name or path with `args.model_init_kwargs`.
 
     Raises:
-        ValueError: keywords of loading for a model that is loaded.
+        ValueError: keywords of loading for a model that is loaded; an encoder-decoder or, in place of a causal language
+            model, an encoder, which the config tells before any weights are read.
     """
+    check = check_architecture if auto_class is AutoModelForCausalLM else check_no_encoder_decoder
     keywords = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     if not isinstance(model, str):
         for name, value in (("quantization_config", quantization_config), ("model_init_kwargs", keywords or None)):
             if value is not None:
                 raise ValueError(f"{name} is for a model given by name; load this one so, or pass its name.")
+        _check_loaded(model, check)
         return model
     if quantization_config is not None and "quantization_config" in keywords:
         raise ValueError("quantization_config is given twice, also in model_init_kwargs; leave one of them out.")
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | keywords
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
+    _check_named(model, options, check)
     with _whole_weights():
         return auto_class.from_pretrained(model, **options)
+
+
+def _check_loaded(model: Any, check: Any) -> None:
+    inner = unwrapped(model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if hasattr(inner, "config"):
+        name = type(inner).__name__
+        check(inner.config, name, *([name] if check is check_architecture else []))
+
+
+def _check_named(path: str, options: dict[str, Any], check: Any) -> None:
+    """By the config alone; where none can be had, loading says why."""
+    wanted = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only")
+    try:
+        config = options.get("config")
+        if not hasattr(config, "model_type"):
+            config = AutoConfig.from_pretrained(path, **{name: options[name] for name in wanted if name in options})
+    except (OSError, ValueError, KeyError):
+        return
+    check(config, path)
 
 
 @contextmanager
