@@ -96,6 +96,19 @@ def causal_lm(model: Any) -> Any:
     return inner
 
 
+def vocabulary_size(model: Any) -> int:
+    """How many tokens a transformers model has embeddings for, and, of a language model, logits."""
+    parts = [model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)()]
+    return min(_rows(part) for part in parts if part is not None)
+
+
+def _rows(embeddings: Any) -> int:
+    for name in ("num_embeddings", "out_features"):  # of quantized weights the shape does not say it
+        if isinstance(rows := getattr(embeddings, name, None), int):
+            return rows
+    return int(embeddings.weight.shape[0])
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """The model in evaluation mode within it, and as it was afterwards."""

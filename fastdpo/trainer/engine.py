@@ -30,11 +30,20 @@ from fastdpo.models import (
     is_mixture_of_experts,
     position_limit,
     through_forward,
+    vocabulary_size,
 )
 from fastdpo.packing import MicroBatches, PreferenceBatch, PreferenceCollator
 from fastdpo.trainer import policy
 from fastdpo.trainer.config import PreferenceConfig, check_parallelism
-from fastdpo.trainer.dataset import KEPT, check_data, check_lengths, no_row_left, prepare_dataset
+from fastdpo.trainer.dataset import (
+    KEPT,
+    check_data,
+    check_lengths,
+    check_weights,
+    no_row_left,
+    prepare_dataset,
+    within_vocabulary,
+)
 from fastdpo.trainer.kept_reference import KeptReference
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.order import pair_sampler
@@ -111,6 +120,9 @@ class PreferenceTrainer(ReferencedTrainer):
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
 
         self._losses = args.losses()
+        self._vocabularies = {"the model": vocabulary_size(inner)}
+        if ref_model is not None:
+            self._vocabularies["ref_model"] = vocabulary_size(self._inner(ref_model))
         train_dataset = self._prepared(train_dataset, processing_class, args, "train")
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {
@@ -178,7 +190,12 @@ class PreferenceTrainer(ReferencedTrainer):
             return None
         prepared = prepare_dataset(dataset, getattr(tokenizer, "tokenizer", tokenizer), args, name=name)
         check_data(prepared, self._losses, name=name)
-        return prepared
+        return self._checked(prepared, name)
+
+    def _checked(self, prepared: Any, name: str) -> Any:
+        """Rows of token ids whose values the models can work with."""
+        check_weights(prepared, name=name)
+        return within_vocabulary(prepared, self._vocabularies, name=name)
 
     @property
     def _tokenizer(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
-from fastdpo.models import check_architecture, check_no_encoder_decoder, unwrapped
+from fastdpo.models import check_architecture, check_no_encoder_decoder, unwrapped, vocabulary_size
 from fastdpo.types import UserError
+
+logger = logging.getLogger(__name__)
 
 # Initialisations of LoRA that change the base weights: without its adapter the model is not what it was.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva")
@@ -145,7 +148,7 @@ def prepare_tokenizer(processing_class: Any, inner: Any, args: Any) -> Any:
     """The tokenizer, with a padding token, which the model's configs then name, too.
 
     Raises:
-        UserError: none can be loaded, or it has no token to pad with.
+        UserError: none can be loaded, or it has no token to pad with that the model has an embedding for.
     """
     if processing_class is None:
         name = inner.config._name_or_path
@@ -162,10 +165,26 @@ def prepare_tokenizer(processing_class: Any, inner: Any, args: Any) -> Any:
     if wanted not in tokenizer.get_vocab():
         raise UserError(f"pad_token is {wanted!r}, which the tokenizer does not know; name one of its tokens.")
     tokenizer.pad_token = wanted
+    _check_tokenizer(tokenizer, vocabulary_size(inner))
     inner.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if getattr(inner, "generation_config", None) is not None:
         inner.generation_config.pad_token_id = tokenizer.pad_token_id
     return processing_class
+
+
+def _check_tokenizer(tokenizer: Any, size: int) -> None:
+    """Its other tokens matter where rows hold them, which is looked at when these are prepared."""
+    remedy = "take the tokenizer of this model, or call model.resize_token_embeddings(len(tokenizer))"
+    if tokenizer.pad_token_id >= size:
+        raise UserError(
+            f"the padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the model has "
+            f"embeddings for {size} tokens, 0 to {size - 1}; set pad_token to one of these, {remedy}."
+        )
+    if len(tokenizer) > size:
+        logger.warning(
+            "The tokenizer knows %d tokens, and the model has embeddings for %d: rows with one beyond them are "
+            "refused. If any should be trained, %s.", len(tokenizer), size, remedy,
+        )  # fmt: skip
 
 
 def disable_dropout(model: Any) -> None:
