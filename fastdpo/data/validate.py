@@ -37,7 +37,7 @@ ROW_COLUMNS = {
 ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "observation")
 LARGEST_WEIGHT = 1e9  # sums of these, and of losses times these, stay far within float32
 LARGEST_MARGIN = 1e6
-_LARGEST_ID = 2**31 - 1
+LARGEST_ID = 2**31 - 1
 # A sum of log-probs, in nats: above 0 by rounding alone, and no lower than that of text that means nothing to a model.
 _HIGHEST_SUM, _LOWEST_SUM, _LOWEST_PER_TOKEN = 1e-3, -1e6, -200.0
 
@@ -358,12 +358,12 @@ def _are_ids(ids: Any) -> bool:
     if isinstance(ids, np.ndarray):
         if ids.ndim != 1 or not len(ids):
             return ids.ndim == 1
-        return ids.dtype.kind in "iu" and bool(ids.min() >= 0 and ids.max() <= _LARGEST_ID)
+        return ids.dtype.kind in "iu" and bool(ids.min() >= 0 and ids.max() <= LARGEST_ID)
     if not isinstance(ids, list | tuple) or not all(
         issubclass(kind, int) and kind is not bool for kind in set(map(type, ids))
     ):
         return False
-    return not ids or (min(ids) >= 0 and max(ids) <= _LARGEST_ID)
+    return not ids or (min(ids) >= 0 and max(ids) <= LARGEST_ID)
 
 
 def implicit_prompt_length(chosen: Any, rejected: Any) -> int:

@@ -219,6 +219,8 @@ class Reader:
                 "counted from 0; tokenize with the tokenizer of this model, or give the model the tokens that were "
                 "added (model.resize_token_embeddings(len(tokenizer)))."
             )
+        if not len(ids) and name != "prompt_ids":
+            raise DataError(f"{place(number)}: {name!r} is empty; write an answer or remove the row.")
         return ids.astype(np.int64, copy=False)
 
     def _check_length(self, length: int, number: int) -> None:
