@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.groups import KINDS, KL, GroupInputs, Groups, RefLogps, check_inputs, check_reduction
+from fastdpo.groups import KINDS, KL, GroupInputs, Groups, RefLogps, check_inputs, check_kl, check_reduction
 from fastdpo.groups.checks import known_on_host
 from fastdpo.groups.tokens import (
     check_rows,
@@ -326,3 +326,4 @@ def _check_token_inputs(losses: WeightedLosses, inputs: GroupInputs) -> None:
             "fastdpo.preference_loss with the scores."
         )
     check_inputs(losses, inputs)
+    check_kl(inputs.kl)

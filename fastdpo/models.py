@@ -41,19 +41,72 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def check_architecture(config: Any, name: str, class_name: str | None = None) -> None:
+    """That a language model, known by its config (and class), reads a row once, from left to right.
+
+    Raises:
+        UserError: it is an encoder-decoder, or an encoder.
+    """
+    from transformers.models.auto import modeling_auto as known
+
+    check_no_encoder_decoder(config, name)
+    kind = getattr(config, "model_type", None)
+    masked = known.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind)
+    if masked is None:
+        return
+    causal = known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    encoder = causal is None if class_name is None else class_name == masked != causal
+    if encoder or getattr(config, "is_decoder", None) is False:
+        raise UserError(
+            f"{name} is an encoder ({kind}): each token sees what follows it, so it gives no log-probs of a "
+            f"completion; {_DECODER_ONLY}."
+        )
+
+
+def check_no_encoder_decoder(config: Any, name: str) -> None:
+    """
+    Raises:
+        UserError: the model of this config, or its text part, is one.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if any(getattr(each, "is_encoder_decoder", False) for each in (config, text)):
+        raise UserError(
+            f"{name} is an encoder-decoder ({getattr(config, 'model_type', 'unknown')}), which reads prompt and "
+            f"completion apart, and batches hold both in one row; {_DECODER_ONLY}."
+        )
+
+
+_DECODER_ONLY = "take a decoder-only model, as Llama, Qwen or GPT-2 (AutoModelForCausalLM)"
+
+
 def causal_lm(model: Any) -> Any:
     """The transformers model inside adapters and distributed wrappers.
 
     Raises:
-        ValueError: it is no transformers model with a language-model head.
+        ValueError: it is no transformers model with a language-model head, or no decoder.
     """
     inner = unwrapped(model)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
+    if hasattr(inner, "config") and not torch.compiler.is_compiling():
+        check_architecture(inner.config, type(inner).__name__, type(inner).__name__)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None or getattr(head, "weight", None) is None:
         raise UserError(f"{type(inner).__name__} has no language-model head; load the model with AutoModelForCausalLM.")
     return inner
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many tokens a transformers model has embeddings for, and, of a language model, logits."""
+    parts = [model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)()]
+    return min(_rows(part) for part in parts if part is not None)
+
+
+def _rows(embeddings: Any) -> int:
+    for name in ("num_embeddings", "out_features"):  # of quantized weights the shape does not say it
+        if isinstance(rows := getattr(embeddings, name, None), int):
+            return rows
+    return int(embeddings.weight.shape[0])
 
 
 @contextmanager

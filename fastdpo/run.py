@@ -168,9 +168,12 @@ def load_model(
     path: str, dtype: Any, *, adapter: str | None = None, allow_pickle: bool = False, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
     """Model and tokenizer, from local files or by name; with `adapter`, a PEFT adapter on top."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from fastdpo.models import check_architecture
 
     try:
+        check_architecture(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -179,6 +182,8 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+    except UserError:
+        raise
     except Exception as error:  # whatever a malformed file makes its reader raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be loaded as a model: {reason}") from error
@@ -209,10 +214,50 @@ def _with_adapter(model: Any, path: str, allow_pickle: bool) -> Any:
             from huggingface_hub import snapshot_download
 
             path = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
-        return PeftModel.from_pretrained(model, path)
+        model = PeftModel.from_pretrained(model, path)
+        _check_adapter_names(model, path)
+        return model
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
         raise UserError(f"{path} cannot be put on this model as an adapter: {reason}") from error
+
+
+def _check_adapter_names(model: Any, path: str) -> None:
+    """That the file holds each weight of the adapter and none of another: PEFT goes on with a warning, or without.
+
+    Raises:
+        UserError: it does not; which weights, and what to do.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    # Loaded once more, for from_pretrained keeps to itself what it found. What PEFT shares between layers, or makes
+    # from a seed, need not be in the file.
+    shared = ("vblora_vector_bank", "prompt_encoder", "tinylora_v", "unilora_theta_d", "vera_A", "vera_B")
+    renamed = getattr(model.get_base_model(), "_checkpoint_conversion_mapping", {})  # as from_pretrained does it
+    found = set_peft_model_state_dict(model, load_peft_weights(path, device="cpu", key_mapping=renamed))
+    (name,) = model.peft_config
+    weights = {key for key, _ in model.named_parameters()}  # tied ones once
+    own = [key for key in found.missing_keys if key in weights and name in key.split(".")]
+    missing = sorted(key for key in own if not set(shared) & set(key.split(".")))
+    unknown = sorted(found.unexpected_keys)
+    if not missing and not unknown:
+        return
+    what = [
+        f"{len(names)} of {which} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for which, names in (
+            ("the weights that the adapter has on this model are not in it", missing),
+            ("its weights have no place in this model", unknown),
+        )
+        if names
+    ]
+    raise UserError(
+        f"{path} is an adapter for another model than this one, or was saved from a wrapped one: {' and '.join(what)}; "
+        "give the base that it was trained on, or rename the weights in its file."
+    )
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdpo import models
-from fastdpo.models import has_wrapper, run_backbone, unwrapped
+from fastdpo.models import check_no_encoder_decoder, has_wrapper, run_backbone, unwrapped
 from fastdpo.packing import PreferenceBatch, PreferenceCollator
 from fastdpo.sums import preference_loss
 from fastdpo.types import UserError, accumulation_dtype
@@ -31,6 +31,8 @@ def sequence_classifier(model: Any) -> Any:
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     name = type(inner).__name__
+    if hasattr(inner, "config"):
+        check_no_encoder_decoder(inner.config, name)
     remedy = "load it with AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
     if hasattr(inner, "get_output_embeddings") and inner.get_output_embeddings() is not None:
         raise UserError(f"{name} is a language model, which gives tokens and no score; {remedy}")

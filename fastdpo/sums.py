@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.groups import KINDS, GroupInputs, best_first, check_inputs, check_lengths, check_reduction, mismatched_kl
+from fastdpo.groups import (
+    KINDS,
+    GroupInputs,
+    best_first,
+    check_inputs,
+    check_kl,
+    check_lengths,
+    check_reduction,
+    mismatched_kl,
+)
+from fastdpo.groups.checks import check_finite
 from fastdpo.groups.tokens import check_count, loss_of_sums
 from fastdpo.losses import resolve_losses
 from fastdpo.types import LossOutput, accumulation_dtype
@@ -225,6 +235,7 @@ def unpaired_loss(
         raise ValueError(f"loss_type {losses.names} divides by the answers' lengths; give lengths, ({len(logps)},).")
     if lengths is not None:
         check_lengths("lengths", lengths)
+    check_kl(kl)
     if (kl_logps is None) != (ref_kl_logps is None):
         raise ValueError("kl_logps and ref_kl_logps go together; give both or neither.")
     if kl_logps is not None and ref_kl_logps is not None:
@@ -235,6 +246,7 @@ def unpaired_loss(
                 f"kl_logps has shape {tuple(kl_logps.shape)} and ref_kl_logps {tuple(ref_kl_logps.shape)}; "
                 "both must be (M,), M at least 1."
             )
+        check_finite("ref_kl_logps", ref_kl_logps)
         kl = mismatched_kl(kl_logps, ref_kl_logps)
     if losses.needs_kl and kl is None:
         raise ValueError(

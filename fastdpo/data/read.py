@@ -20,6 +20,8 @@ from typing import IO, Any
 
 from fastdpo.data.validate import (
     ID_COLUMNS,
+    LARGEST_ID,
+    LARGEST_WEIGHT,
     SIDES,
     TEXT_COLUMNS,
     TOKENIZED,
@@ -508,12 +510,26 @@ def _are_good_ids(table: Any) -> bool:
         if not is_list or not pa.types.is_integer(ids.type.value_type) or ids.null_count:
             return False
         tokens = ids.flatten()
-        if tokens.null_count or (len(tokens) and pc.min(tokens).as_py() < 0):
+        if tokens.null_count or (
+            len(tokens) and not 0 <= pc.min(tokens).as_py() <= pc.max(tokens).as_py() <= LARGEST_ID
+        ):
             return False
+    if "pair_weight" in table.column_names and not _are_good_weights(table["pair_weight"]):
+        return False
     lengths = [pc.list_value_length(ids).to_numpy() for ids in (chosen, rejected)]
     if chosen.type != rejected.type or not np.min(lengths, initial=1):
         return False
     return not any(chosen[int(i)].equals(rejected[int(i)]) for i in np.flatnonzero(lengths[0] == lengths[1]))
+
+
+def _are_good_weights(weights: Any) -> bool:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not (pa.types.is_floating(weights.type) or pa.types.is_integer(weights.type)):
+        return False
+    good = pc.and_(pc.greater_equal(weights, 0), pc.less_equal(weights, LARGEST_WEIGHT))  # neither for NaN
+    return pc.all(good).as_py() is not False
 
 
 # What is raised

@@ -65,18 +65,64 @@ def _lists(ids: Any) -> list[Any]:
 
 
 def tokenized(row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
-    """`tokenize_row`, where whatever the tokenizer or its chat template cannot take is told with the row.
+    """`tokenize_row`, where whatever the tokenizer or its chat template cannot take, or loses, is told with the row.
 
     Raises:
         DataError: that.
     """
     try:
-        return tokenize_row(row, tokenizer)
+        ids = tokenize_row(row, tokenizer)
     except UserError:
         raise
     except Exception as error:  # templates raise what they like, tokenizers TypeError, tools JSONDecodeError
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{where}: it cannot be tokenized ({what}); mend the row or remove it.") from error
+    if not is_tokenized(row) and (problem := _lost(row, ids, tokenizer)):
+        raise DataError(f"{where}: {problem}")
+    return ids
+
+
+# What a template adds to an answer, and no more, may be an answer that it has dropped. Longer ones hold some text.
+_SHORT = 16
+
+
+def _lost(row: Mapping[str, Any], ids: Mapping[str, Any], tokenizer: Any) -> str | None:
+    """What of the row's answers is not in their tokens, or None."""
+    data = data_of(row)
+    prompt, answers = _parts(row, data)
+    completions = ids["completions_ids"] if data == "lists" else [ids[name] for name in ID_COLUMNS[data][1:]]
+    names = [f"completions[{place}]" for place in range(len(answers))] if data == "lists" else _SIDES[data]
+    chat = is_chat(prompt)
+    by = "chat template" if chat else "tokenizer"
+    for name, answer, completion in zip(names, answers, completions, strict=True):
+        short = chat and len(completion) <= _SHORT
+        if not completion or (
+            short and [*ids["prompt_ids"], *completion] == _without_text(row, prompt, answer, tokenizer)
+        ):
+            return f"the {by} leaves nothing of what {name!r} says; mend the {by} or the row, or remove the row."
+    for place, completion in enumerate(completions):
+        if completion in completions[:place]:
+            other = names[completions.index(completion)]
+            return (
+                f"the {by} makes the same tokens of {other!r} and {names[place]!r}, so there is no preference to "
+                f"learn; mend the {by} or the row, or remove the row."
+            )
+    return None
+
+
+_SIDES = {"pairs": ("chosen", "rejected"), "answers": ("completion",)}
+
+
+def _without_text(row: Mapping[str, Any], prompt: Any, answer: Any, tokenizer: Any) -> list[int] | None:
+    """The conversation's tokens with the answer's last text left out; None where it has none, or has to have one."""
+    last = answer[-1]
+    if not isinstance(last["content"], str) or not last["content"].strip() or last.get("tool_calls"):
+        return None
+    silent = [*prompt, *answer[:-1], {**last, "content": ""}]
+    try:
+        return _render(tokenizer, silent, **_template_options(row))
+    except Exception:  # a template may refuse it
+        return None
 
 
 def _parts(row: Mapping[str, Any], data: str) -> tuple[Any, list[Any]]:

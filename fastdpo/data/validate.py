@@ -33,8 +33,13 @@ ROW_COLUMNS = {
     "answers": ("label", "pair_weight", MISMATCHED, REF_MISMATCHED),
 }
 
-
-LARGEST_ID = (1 << 63) - 1  # of a token: batches are int64
+# Of messages; a chat template leaves out what it does not know, or renders it as nothing it has learnt.
+ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "observation", "model")
+LARGEST_WEIGHT = 1e9  # sums of these, and of losses times these, stay far within float32
+LARGEST_MARGIN = 1e6
+LARGEST_ID = 2**31 - 1
+# A sum of log-probs, in nats: above 0 by rounding alone, and no lower than that of text that means nothing to a model.
+_HIGHEST_SUM, _LOWEST_SUM, _LOWEST_PER_TOKEN = 1e-3, -1e6, -200.0
 
 
 def is_tokenized(row: Mapping[str, Any]) -> bool:
@@ -74,9 +79,13 @@ def reference_names(fields: Iterable[str]) -> tuple[str, ...]:
 def validate_rows(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
     """Raises DataError for the first row that cannot be used, and says how many more there are.
 
-    `places` says where each row stands, as `read_rows` returns it.
+    `places` says where each row stands, as `read_rows` returns it. The reference's sums are looked at, too.
     """
-    problems = [(place, problem) for row, place in zip(rows, places, strict=True) if (problem := row_problem(row))]
+    problems = [
+        (place, problem)
+        for row, place in zip(rows, places, strict=True)
+        if (problem := row_problem(row) or references_problem(row))
+    ]
     if problems:
         place, problem = problems[0]
         raise bad_rows(f"{place}: {problem}", len(problems) - 1)
@@ -90,19 +99,97 @@ def bad_rows(first: str, more: int) -> DataError:
 def row_problem(row: Mapping[str, Any]) -> str | None:
     """What is wrong with the row and how to mend it, or None."""
     weight = row.get("pair_weight")
-    if weight is not None and not _is_weight(weight):
-        return f"'pair_weight' is {weight!r}; it must be a finite number, not below 0."
+    if weight is not None and (problem := weight_problem(weight)):
+        return problem
     if is_tokenized(row):
         return _tokenized_problem(row)
     problem = {"pairs": _pair_problem, "lists": _list_problem, "answers": _answer_problem}[data_of(row)](row)
     if problem is None and row.get("prompt") is not None and _is_empty(row["prompt"]):
         problem = "'prompt' is empty; write the question or remove the row."
-    return problem
+    return problem or _role_problem(row)
 
 
-def _is_weight(value: Any) -> bool:
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
+def _is_number(value: Any) -> bool:
+    """Finite, and no truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def weight_problem(value: Any) -> str | None:
+    """What is wrong with a `pair_weight`, or None."""
+    if not _is_number(value) or value < 0:
+        return f"'pair_weight' is {value!r}; it must be a finite number, not below 0."
+    if value > LARGEST_WEIGHT:
+        return (
+            f"'pair_weight' is {value!r}, and sums of such weights leave the numbers of float32; divide all weights "
+            f"(only their ratios count) until none is above {LARGEST_WEIGHT:g}."
+        )
+    return None
+
+
+def margin_problem(value: Any) -> str | None:
+    """What is wrong with the `margin` of a reward model's pair, or None."""
+    if not _is_number(value):
+        return f"'margin' is {value!r}; it must be a finite number."
+    if abs(value) > LARGEST_MARGIN:
+        return f"'margin' is {value!r}, and no score reaches that; it must lie within {LARGEST_MARGIN:g} of 0."
+    return None
+
+
+def references_problem(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with the sums of the reference's log-probs that the row carries, or None."""
+    data = data_of(row)
+    for name, tokens in _reference_tokens(row, data).items():
+        values = row.get(name)
+        if values is None:
+            continue
+        if data != "lists":
+            problem = sum_problem(values, name, tokens[0])
+        elif not isinstance(values, list | tuple | np.ndarray) or len(values) != len(tokens):
+            problem = f"{name!r} is {values!r}; it must be a list, one sum a completion ({len(tokens)})."
+        else:
+            problems = (sum_problem(value, name, count) for value, count in zip(values, tokens, strict=True))
+            problem = next(filter(None, problems), None)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _reference_tokens(row: Mapping[str, Any], data: str) -> dict[str, list[int | None]]:
+    """Of each column of sums the tokens of its completions; None where they are not known yet."""
+    if data == "lists":
+        completions = row.get("completions_ids") or row.get("completions") or ()
+        return {"ref_logps": [len(each) if "completions_ids" in row else None for each in completions]}
+    columns = {**dict(zip(REFERENCES[data], ID_COLUMNS[data][1:], strict=True))}
+    if data == "answers":
+        columns[REF_MISMATCHED] = MISMATCHED
+    return {name: [None if row.get(ids) is None else len(row[ids])] for name, ids in columns.items()}
+
+
+def sum_problem(value: Any, name: str, tokens: int | None = None) -> str | None:
+    """What is wrong with a sum of log-probs over `tokens` tokens, or None."""
+    if not _is_number(value):
+        return f"{name!r} is {value!r}; it must be a sum of log-probs, a finite number."
+    if value > _HIGHEST_SUM:
+        return f"{name!r} is {value!r}; it must be a sum of log-probs, and none is above 0. Compute it again."
+    lowest = _LOWEST_SUM if tokens is None else max(_LOWEST_SUM, _LOWEST_PER_TOKEN * max(tokens, 1))
+    if value < lowest:
+        what = "" if tokens is None else f" of {tokens} tokens"
+        return (
+            f"{name!r} is {value!r}, which no model gives a completion{what} (the least taken is {lowest:g}); compute "
+            "it again."
+        )
+    return None
+
+
+def _role_problem(row: Mapping[str, Any]) -> str | None:
+    completions = row.get("completions")
+    several = completions if isinstance(completions, list | tuple) else []
+    fields = {name: row.get(name) for name in ("prompt", *SIDES, "completion")}
+    for name, value in (fields | {f"completions[{place}]": answer for place, answer in enumerate(several)}).items():
+        for message in value if isinstance(value, list) else ():
+            if message["role"] not in ROLES:
+                return f"{name!r} has a message of the role {message['role']!r}; roles are {', '.join(ROLES)}."
+    return None
 
 
 def _pair_problem(row: Mapping[str, Any]) -> str | None:
@@ -150,7 +237,7 @@ def _answer_problem(row: Mapping[str, Any]) -> str | None:
         return problem
     if _is_empty(row["completion"]):
         return "'completion' is empty; write an answer or remove the row."
-    return _label_problem(row)
+    return _mismatched_problem(row) or _label_problem(row)
 
 
 def _label_problem(row: Mapping[str, Any]) -> str | None:
@@ -236,12 +323,12 @@ def _tokenized_problem(row: Mapping[str, Any]) -> str | None:
         if name == "completions_ids":
             if not (isinstance(ids, list | tuple | np.ndarray) and all(_are_ids(each) for each in ids)):
                 return f"{name!r} must be a list of lists of token ids (integers from 0)."
-        elif not _are_ids(ids):
-            return f"{name!r} must be a list of token ids (integers from 0)."
+        elif problem := _ids_problem(ids, name):
+            return problem
         if name != "prompt_ids" and not all(map(len, ids if name == "completions_ids" else [ids])):
             return f"{name!r} is empty; write an answer or remove the row."
     if data == "answers":
-        return _label_problem(row)
+        return _mismatched_problem(row) or _label_problem(row)
     if data == "lists":
         known = [tuple(ids) for ids in row["completions_ids"]]
         if len(set(known)) < len(known):
@@ -255,16 +342,28 @@ def _tokenized_problem(row: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _mismatched_problem(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with the token ids of the answer to another prompt, or None."""
+    ids = row.get(MISMATCHED)
+    if ids is None:
+        return None
+    return _ids_problem(ids, MISMATCHED) or (None if len(ids) else f"{MISMATCHED!r} is empty; write an answer.")
+
+
+def _ids_problem(ids: Any, name: str) -> str | None:
+    return None if _are_ids(ids) else f"{name!r} must be a list of token ids (integers from 0)."
+
+
 def _are_ids(ids: Any) -> bool:
     if isinstance(ids, np.ndarray):
-        whole = ids.dtype.kind in "iu"
-        return ids.ndim == 1 and (not len(ids) or (whole and int(ids.min()) >= 0 and int(ids.max()) <= LARGEST_ID))
-    return isinstance(ids, list | tuple) and all(_is_id(token) for token in ids)
-
-
-def _is_id(token: Any) -> bool:
-    number = isinstance(token, int | np.integer) and not isinstance(token, bool)
-    return number and 0 <= token <= LARGEST_ID
+        if ids.ndim != 1 or not len(ids):
+            return ids.ndim == 1
+        return ids.dtype.kind in "iu" and bool(ids.min() >= 0 and ids.max() <= LARGEST_ID)
+    if not isinstance(ids, list | tuple) or not all(
+        issubclass(kind, int | np.integer) and kind is not bool for kind in set(map(type, ids))
+    ):
+        return False
+    return not ids or (min(ids) >= 0 and max(ids) <= LARGEST_ID)
 
 
 def implicit_prompt_length(chosen: Any, rejected: Any) -> int:

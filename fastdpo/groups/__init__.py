@@ -7,7 +7,7 @@ and the rest. A group then turns its slots into what its losses are a function o
 
 from fastdpo.groups.answers import Answers, mismatched_kl
 from fastdpo.groups.base import KL, GroupInputs, Groups, RefLogps
-from fastdpo.groups.checks import check_inputs, check_lengths, check_reduction
+from fastdpo.groups.checks import check_inputs, check_kl, check_lengths, check_reduction, looked_at
 from fastdpo.groups.lists import Lists, best_first, list_sizes
 from fastdpo.groups.pairs import Pairs, length_desensitized
 
@@ -29,9 +29,11 @@ __all__ = [
     "RefLogps",
     "best_first",
     "check_inputs",
+    "check_kl",
     "check_lengths",
     "check_reduction",
     "length_desensitized",
     "list_sizes",
+    "looked_at",
     "mismatched_kl",
 ]

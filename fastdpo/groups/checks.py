@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -94,9 +97,25 @@ def known_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+_looked_at = ContextVar("looked_at", default=False)
+
+
+@contextmanager
+def looked_at() -> Iterator[None]:
+    """Within it `check_finite` is silent: what rows carry has been looked at, and the rest comes from models.
+
+    A run reports a model that has become non-finite by the loss, with step and rows.
+    """
+    before = _looked_at.set(True)
+    try:
+        yield
+    finally:
+        _looked_at.reset(before)
+
+
 def check_finite(name: str, values: Tensor) -> None:
     """On a CPU only: a GPU would have to be waited for (there, PreferenceCollator has looked at what rows carry)."""
-    if not known_on_host(values):
+    if not known_on_host(values) or _looked_at.get():
         return
     bad = (~values.isfinite()).nonzero()
     if len(bad):
@@ -135,8 +154,16 @@ def check_desirable(desirable: Tensor | None, count: int, like: Tensor) -> Tenso
     return desirable
 
 
+def check_kl(kl: Tensor | float | Callable[[Tensor], Tensor] | None) -> None:
+    """Of an estimate that the user gives: one made from the policy's log-probs is what the policy is."""
+    if kl is None or callable(kl) or (isinstance(kl, Tensor) and not known_on_host(kl)):
+        return
+    if not bool(torch.as_tensor(kl).isfinite().all()):
+        raise ValueError(f"kl is {float(kl)}; it must be a finite number, the mean over the batch.")
+
+
 def kl_estimate(kl: Tensor | float, like: Tensor) -> Tensor:
-    """max(0, kl), a scalar without gradient."""
+    """max(0, kl), a scalar without gradient; NaN where kl is not finite, for a maximum would hide -inf."""
     if isinstance(kl, Tensor):
         if kl.device != like.device and kl.device.type != "cpu":
             raise ValueError(f"kl is on {kl.device} and the log-probs on {like.device}; move kl there.")
@@ -145,8 +172,7 @@ def kl_estimate(kl: Tensor | float, like: Tensor) -> Tensor:
         value = torch.full((), float(kl), dtype=like.dtype, device=like.device)
     if value.dim():
         raise ValueError(f"kl has shape {tuple(value.shape)}; it must be one number, the mean over the batch.")
-    check_finite("kl", value.unsqueeze(0))
-    return value.clamp(min=0)
+    return torch.where(value.isfinite(), value, torch.nan).clamp(min=0)
 
 
 def check_lengths(name: str, lengths: Tensor) -> None:

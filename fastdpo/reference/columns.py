@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdpo.data.validate import REF_COLUMNS, REF_MISMATCHED, REFERENCES, data_of
+from fastdpo.data.validate import REF_COLUMNS, REF_MISMATCHED, REFERENCES, data_of, sum_problem
 from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache
 from fastdpo.reference.fingerprint import sequence_key
@@ -173,9 +172,7 @@ def _length_desensitized(
 
 
 def _sum(row: Mapping[str, Any], name: str, number: int) -> float:
-    value = row.get(name)
-    if not isinstance(value, numbers.Real) or not np.isfinite(float(value)):
-        raise DataError(
-            f"{place(number)}: {name!r} is {value!r}; it must be the sum of the answer's log-probs, a finite number."
-        )
+    value: Any = row.get(name)
+    if problem := sum_problem(value, name):
+        raise DataError(f"{place(number)}: {problem}")
     return float(value)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdpo.attention import BACKENDS
 from fastdpo.device import freed_memory_kept
-from fastdpo.models import causal_lm, evaluating, position_limit
+from fastdpo.models import causal_lm, evaluating, position_limit, vocabulary_size
 from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
 from fastdpo.reference.fingerprint import model_fingerprint
@@ -122,7 +122,7 @@ def fill_cache(
         tokenizer=tokenizer,
         num_shards=num_shards,
         shard_index=shard_index,
-        num_tokens=inner.get_input_embeddings().weight.shape[0],
+        num_tokens=vocabulary_size(inner),
         limit=position_limit(inner),
     )
     scorer = _Scorer(

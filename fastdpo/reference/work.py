@@ -209,14 +209,18 @@ class Reader:
             ids = np.asarray(values)
         except ValueError:  # lists of unequal lengths in it
             ids = np.empty((0, 0))
-        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+        bools = isinstance(values, list | tuple) and bool in set(map(type, values))  # numpy takes them for 0 and 1
+        if bools or ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
             raise DataError(f"{place(number)}: {name!r} must be a list of token ids (integers from 0).")
         if self.num_tokens is not None and len(ids) and not (ids.min() >= 0 and ids.max() < self.num_tokens):
             wrong = int(ids.min() if ids.min() < 0 else ids.max())
             raise DataError(
                 f"{place(number)}: {name!r} holds the id {wrong}, and the model knows {self.num_tokens} tokens, "
-                "counted from 0; tokenize with the tokenizer of this model."
+                "counted from 0; tokenize with the tokenizer of this model, or give the model the tokens that were "
+                "added (model.resize_token_embeddings(len(tokenizer)))."
             )
+        if not len(ids) and name != "prompt_ids":
+            raise DataError(f"{place(number)}: {name!r} is empty; write an answer or remove the row.")
         return ids.astype(np.int64, copy=False)
 
     def _check_length(self, length: int, number: int) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
-import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from fastdpo.data.validate import (
     ROW_COLUMNS,
     data_of,
     data_of_fields,
+    references_problem,
     row_problem,
 )
 from fastdpo.losses import WeightedLosses
@@ -134,6 +134,88 @@ def check_data(dataset: Any, losses: WeightedLosses, *, name: str) -> None:
             f"ld_alpha={losses.ld_alpha} weighs tokens; drop the columns and set ref_logps to a cache, which keeps "
             "every token."
         )
+
+
+def check_weights(dataset: Any, *, name: str) -> None:
+    """That some row of a table weighs something.
+
+    Raises:
+        DataError: none does.
+    """
+    if not isinstance(dataset, Dataset) or "pair_weight" not in dataset.column_names:
+        return
+    largest, unweighted = 0.0, 0
+    for table in dataset.select_columns(["pair_weight"]).with_format("arrow").iter(_TABLE_ROWS):
+        largest = max(largest, pc.max(table["pair_weight"]).as_py() or 0.0)
+        unweighted += table["pair_weight"].null_count
+    if len(dataset) and not unweighted and largest < _LEAST_WEIGHT:
+        raise DataError(
+            f"no row of the {name} data set weighs anything: pair_weight is 0 in all {len(dataset)} rows"
+            + (f", or next to it (up to {largest:g})" if largest else "")
+            + "; set weights above 0, or drop the column."
+        )
+
+
+_TABLE_ROWS = 10_000  # looked at together
+_LEAST_WEIGHT = 1e-20  # of the heaviest row: sums of less are lost in float32
+
+
+def within_vocabulary(dataset: Any, sizes: Mapping[str, int], *, name: str) -> Any:
+    """The data set, whose token ids all have embeddings; a stream's are looked at as its rows come.
+
+    Args:
+        sizes: of each model, named as in messages, how many tokens it has embeddings for.
+
+    Raises:
+        DataError: an id beyond them; row, column, id, and the remedy.
+    """
+    if dataset is None or not sizes:
+        return dataset
+    whose, size = min(sizes.items(), key=lambda item: item[1])
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_row_within, fn_kwargs={"whose": whose, "size": size, "name": name})
+    for column in (each for each in _IDS if each in dataset.column_names):
+        for first, tokens, rows in _flat_tokens(dataset, column):
+            if len(tokens) and (int(tokens.max()) >= size or int(tokens.min()) < 0):
+                place = int(((tokens >= size) | (tokens < 0)).argmax())
+                number = dataset[first + rows(place)]["row_number"]
+                raise _beyond(name, number, column, int(tokens[place]), whose, size)
+    return dataset
+
+
+_IDS = tuple(dict.fromkeys(name for names in (*ID_COLUMNS.values(), (MISMATCHED,)) for name in names))
+
+
+def _flat_tokens(dataset: Dataset, column: str) -> Iterator[tuple[int, np.ndarray, Any]]:
+    """Of so many rows at a time: the number of the first, all their tokens, and of a token's place its row."""
+    first = 0
+    for table in dataset.select_columns([column]).with_format("arrow").iter(_TABLE_ROWS):
+        lists = table[column].combine_chunks()
+        bounds = np.cumsum(_lengths(lists).astype(np.int64, copy=False))
+        tokens = lists.flatten()
+        if column == "completions_ids":
+            bounds = np.cumsum(_lengths(tokens))[bounds - 1]
+            tokens = tokens.flatten()
+        yield first, tokens.to_numpy(zero_copy_only=False), partial(np.searchsorted, bounds, side="right")
+        first += len(table)
+
+
+def _row_within(row: dict[str, Any], whose: str, size: int, name: str) -> dict[str, Any]:
+    for column in _IDS:
+        ids = row.get(column) or ()
+        for part in ids if column == "completions_ids" else [ids]:
+            if len(part) and (max(part) >= size or min(part) < 0):
+                wrong = next(token for token in part if not 0 <= token < size)
+                raise _beyond(name, row["row_number"], column, wrong, whose, size)
+    return row
+
+
+def _beyond(name: str, number: int, column: str, token: int, whose: str, size: int) -> DataError:
+    return DataError(
+        f"{name} data set, row {number} (counted from 0): {column} hold the token id {token}, and {whose} has "
+        f"embeddings for {size} tokens, 0 to {size - 1}; tokenize with the tokenizer of this model, or give the "
+        "model the tokens that were added (model.resize_token_embeddings(len(tokenizer)))."
+    )
 
 
 def columns_of(dataset: Any) -> list[str]:
@@ -248,8 +330,9 @@ def _tokenized(row: dict[str, Any], number: int, tokenizer: Any, name: str, cuts
             end = cuts["completion"]
             lists = column == "completions_ids"
             ids[column] = [each[:end] for each in ids[column]] if lists else ids[column][:end]
-    further = {column: row[column] for column in (MISMATCHED, REF_MISMATCHED) if column in row}
-    return {**ids, **further, **_references(row, where), "row_number": number}
+    if MISMATCHED in row:
+        ids[MISMATCHED] = row[MISMATCHED]
+    return {**ids, **_references(row, ids, where), "row_number": number}
 
 
 def own_number(row: dict[str, Any], number: int) -> int:
@@ -271,25 +354,16 @@ def _difference(own: set[str], first: set[str]) -> str | None:
     return None
 
 
-def _references(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The columns of reference log-probs, where the row has them."""
+def _references(row: dict[str, Any], ids: dict[str, Any], where: str) -> dict[str, Any]:
+    """The columns of reference log-probs, where the row has them; `ids` are its tokens."""
     data = data_of(row)
-    given = {name: row[name] for name in REFERENCES[data] if name in row}
-    if data == "lists" and given:
-        count = len(row.get("completions_ids") or row.get("completions") or ())
-        for name, values in given.items():
-            if not isinstance(values, list | tuple | np.ndarray) or len(values) != count:
-                raise DataError(f"{where}: {name!r} is {values!r}; it must be a list, one sum a completion ({count}).")
-        return {name: [_sum(value, name, where) for value in values] for name, values in given.items()}
+    names = (*REFERENCES[data], *([REF_MISMATCHED] if data == "answers" else []))
+    given = {name: row[name] for name in names if name in row}
     if len(given) == 1 and data == "pairs":
         raise DataError(f"{where}: it has {next(iter(given))} but not the other of {', '.join(REF_COLUMNS)}; add it.")
-    return {name: _sum(value, name, where) for name, value in given.items()}
-
-
-def _sum(value: Any, name: str, where: str) -> float:
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise DataError(f"{where}: {name!r} is {value!r}; it must be a sum of log-probs, a finite number.")
-    return float(value)
+    if problem := references_problem({**ids, **given}):
+        raise DataError(f"{where}: {problem}")
+    return {name: [float(each) for each in value] if data == "lists" else float(value) for name, value in given.items()}
 
 
 def check_columns(dataset: Dataset, name: str, *columns: str) -> None:

@@ -26,18 +26,28 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, EvalPrediction, set_seed
 from transformers.trainer_utils import number_of_arguments
 
+from fastdpo.groups import looked_at
 from fastdpo.models import (
     causal_lm,
     extend_forward,
     is_mixture_of_experts,
     position_limit,
     through_forward,
+    vocabulary_size,
 )
 from fastdpo.packing import MicroBatches, PreferenceBatch, PreferenceCollator
 from fastdpo.packing.groups import FILLER
 from fastdpo.trainer import policy
 from fastdpo.trainer.config import PreferenceConfig, check_parallelism
-from fastdpo.trainer.dataset import KEPT, check_data, check_lengths, no_row_left, prepare_dataset
+from fastdpo.trainer.dataset import (
+    KEPT,
+    check_data,
+    check_lengths,
+    check_weights,
+    no_row_left,
+    prepare_dataset,
+    within_vocabulary,
+)
 from fastdpo.trainer.even_rows import EvenRows, EvenStream
 from fastdpo.trainer.kept_reference import KeptReference
 from fastdpo.trainer.lent_model import LentModel, without_autocast
@@ -117,6 +127,9 @@ class PreferenceTrainer(ReferencedTrainer):
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
 
         self._losses = args.losses()
+        self._vocabularies = {"the model": vocabulary_size(inner)}
+        if ref_model is not None:
+            self._vocabularies["ref_model"] = vocabulary_size(self._inner(ref_model))
         train_dataset = self._prepared(train_dataset, processing_class, args, "train")
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {
@@ -232,7 +245,12 @@ class PreferenceTrainer(ReferencedTrainer):
             return None
         prepared = prepare_dataset(dataset, getattr(tokenizer, "tokenizer", tokenizer), args, name=name)
         check_data(prepared, self._losses, name=name)
-        return prepared
+        return self._checked(prepared, name)
+
+    def _checked(self, prepared: Any, name: str) -> Any:
+        """Rows of token ids whose values the models can work with."""
+        check_weights(prepared, name=name)
+        return within_vocabulary(prepared, self._vocabularies, name=name)
 
     @property
     def _tokenizer(self) -> Any:
@@ -287,7 +305,8 @@ class PreferenceTrainer(ReferencedTrainer):
             self._noise.longest = inputs["longest"]
         options = self._loss_options(0.0 if idle else float(inputs.num_pairs))
         self._extend(self._inner(self.model))
-        with self.accelerator.autocast():  # not left to what is wrapped around the model, which others may use, too
+        # The cast is not left to what is wrapped around the model, which others may use, too.
+        with self.accelerator.autocast(), looked_at():
             fields = through_forward(model, inputs, ref_logps, loss_options=options)
         output = LossOutput.from_dict(fields)
         self._add_metrics("train" if model.training else "eval", inputs, output, idle)

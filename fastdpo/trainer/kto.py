@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, Value
 from torch import Tensor
@@ -15,6 +17,8 @@ from fastdpo.trainer.config import ReferenceConfig, option
 from fastdpo.trainer.constructors import ReferenceTrainer
 from fastdpo.trainer.dataset import columns_of, own_number
 from fastdpo.types import DataError, LossOutput
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 1000  # rows of pairs that are parted at a time: first all chosen answers, then all rejected ones
 
@@ -67,9 +71,38 @@ class KTOTrainer(ReferenceTrainer):
         if dataset is None:
             return None
         prepared = super()._prepared(as_answers(dataset, name), tokenizer, args, name)
+        if name == "train":
+            check_labels(prepared, args)
         if not self._losses.needs_kl or MISMATCHED in columns_of(prepared):
             return prepared
         return with_mismatched(prepared, args.per_device_train_batch_size)
+
+
+def check_labels(dataset: Any, args: Any) -> None:
+    """Says where a training set has answers of one label only: there is a loss, but it compares nothing.
+
+    It pulls all answers the same way, held by the reference alone, as TRL's does; so it is not refused.
+
+    Raises:
+        DataError: the only label there is has the weight 0.
+    """
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return
+    tables = dataset.select_columns(["label"]).with_format("arrow").iter(10_000)
+    desirable = sum(pc.sum(table["label"]).as_py() or 0 for table in tables)
+    if 0 < desirable < len(dataset):
+        return
+    what, other = ("desirable", "undesirable") if desirable else ("undesirable", "desirable")
+    if not getattr(args, f"{what}_weight"):
+        raise DataError(
+            f"all {len(dataset)} rows of the train data set are {what} (row 0 on), and {what}_weight is 0, so there is "
+            f"nothing to learn; add {other} answers, or set {what}_weight above 0."
+        )
+    logger.warning(
+        "All %d rows of the train data set are %s (label=%s from row 0 on): the loss contrasts them with nothing and "
+        "pulls every answer the same way. Add %s answers, unless that is meant.",
+        len(dataset), what, bool(desirable), other,
+    )  # fmt: skip
 
 
 def as_answers(dataset: Any, name: str) -> Any:
@@ -96,6 +129,10 @@ def _parted(batch: dict[str, list[Any]], numbers: list[int], name: str) -> dict[
     answers = list(_parted_rows(rows, numbers[0], name))
     names = dict.fromkeys(name for row in answers for name in row)
     return {name: [row.get(name) for row in answers] for name in names}
+
+
+def same(one: Any, other: Any) -> bool:
+    return len(one) == len(other) and all(a == b for a, b in zip(one, other, strict=True))
 
 
 def _are_pairs(fields: Any) -> bool:
@@ -129,6 +166,8 @@ def _parted_rows(rows: list[dict[str, Any]], first: int, name: str) -> Iterator[
             problem = f"it is one of {data_of(given)}, and others are pairs; part them."
         elif missing:
             problem = f"the field {missing!r} is missing; add it or remove the row."
+        elif same(*(given[column] for column in wanted)):
+            problem = f"{wanted[0]!r} and {wanted[1]!r} are the same, so one of them contradicts the other; remove it."
         else:  # what its two answers are is looked at when they are tokenized
             problem = None
         if problem is not None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
+from fastdpo.models import check_architecture, check_no_encoder_decoder, unwrapped, vocabulary_size
 from fastdpo.types import UserError
+
+logger = logging.getLogger(__name__)
 
 # Initialisations of LoRA that change the base weights: without its adapter the model is not what it was.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva")
@@ -20,21 +24,45 @@ def load(model: Any, args: Any, quantization_config: Any = None, *, auto_class: 
     """A model as it is, or loaded from a name or path with `args.model_init_kwargs`.
 
     Raises:
-        ValueError: keywords of loading for a model that is loaded.
+        ValueError: keywords of loading for a model that is loaded; an encoder-decoder or, in place of a causal language
+            model, an encoder, which the config tells before any weights are read.
     """
+    check = check_architecture if auto_class is AutoModelForCausalLM else check_no_encoder_decoder
     keywords = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     if not isinstance(model, str):
         for name, value in (("quantization_config", quantization_config), ("model_init_kwargs", keywords or None)):
             if value is not None:
                 raise ValueError(f"{name} is for a model given by name; load this one so, or pass its name.")
+        _check_loaded(model, check)
         return model
     if quantization_config is not None and "quantization_config" in keywords:
         raise ValueError("quantization_config is given twice, also in model_init_kwargs; leave one of them out.")
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | keywords
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
+    _check_named(model, options, check)
     with _whole_weights():
         return auto_class.from_pretrained(model, **options)
+
+
+def _check_loaded(model: Any, check: Any) -> None:
+    inner = unwrapped(model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if hasattr(inner, "config"):
+        name = type(inner).__name__
+        check(inner.config, name, *([name] if check is check_architecture else []))
+
+
+def _check_named(path: str, options: dict[str, Any], check: Any) -> None:
+    """By the config alone; where none can be had, loading says why."""
+    wanted = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only")
+    try:
+        config = options.get("config")
+        if not hasattr(config, "model_type"):
+            config = AutoConfig.from_pretrained(path, **{name: options[name] for name in wanted if name in options})
+    except (OSError, ValueError, KeyError):
+        return
+    check(config, path)
 
 
 @contextmanager
@@ -120,7 +148,7 @@ def prepare_tokenizer(processing_class: Any, inner: Any, args: Any) -> Any:
     """The tokenizer, with a padding token, which the model's configs then name, too.
 
     Raises:
-        UserError: none can be loaded, or it has no token to pad with.
+        UserError: none can be loaded, or it has no token to pad with that the model has an embedding for.
     """
     if processing_class is None:
         name = inner.config._name_or_path
@@ -137,10 +165,26 @@ def prepare_tokenizer(processing_class: Any, inner: Any, args: Any) -> Any:
     if wanted not in tokenizer.get_vocab():
         raise UserError(f"pad_token is {wanted!r}, which the tokenizer does not know; name one of its tokens.")
     tokenizer.pad_token = wanted
+    _check_tokenizer(tokenizer, vocabulary_size(inner))
     inner.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if getattr(inner, "generation_config", None) is not None:
         inner.generation_config.pad_token_id = tokenizer.pad_token_id
     return processing_class
+
+
+def _check_tokenizer(tokenizer: Any, size: int) -> None:
+    """Its other tokens matter where rows hold them, which is looked at when these are prepared."""
+    remedy = "take the tokenizer of this model, or call model.resize_token_embeddings(len(tokenizer))"
+    if tokenizer.pad_token_id >= size:
+        raise UserError(
+            f"the padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the model has "
+            f"embeddings for {size} tokens, 0 to {size - 1}; set pad_token to one of these, {remedy}."
+        )
+    if len(tokenizer) > size:
+        logger.warning(
+            "The tokenizer knows %d tokens, and the model has embeddings for %d: rows with one beyond them are "
+            "refused. If any should be trained, %s.", len(tokenizer), size, remedy,
+        )  # fmt: skip
 
 
 def disable_dropout(model: Any) -> None:

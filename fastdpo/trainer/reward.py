@@ -162,7 +162,8 @@ class RewardTrainer(PreferenceTrainer):
     def _prepared(self, dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
         if dataset is None:
             return None
-        return prepare_scored(dataset, getattr(tokenizer, "tokenizer", tokenizer), args, name=name)
+        prepared = prepare_scored(dataset, getattr(tokenizer, "tokenizer", tokenizer), args, name=name)
+        return self._checked(prepared, name)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

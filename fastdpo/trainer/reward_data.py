@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import numbers
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +11,15 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from fastdpo.data.tokenize import tokenized
-from fastdpo.data.validate import REF_COLUMNS, TOKENIZED, common_prefix_length, data_of, is_tokenized, row_problem
+from fastdpo.data.validate import (
+    REF_COLUMNS,
+    TOKENIZED,
+    common_prefix_length,
+    data_of,
+    is_tokenized,
+    margin_problem,
+    row_problem,
+)
 from fastdpo.trainer.dataset import (
     check_columns,
     columns_of,
@@ -121,8 +127,8 @@ def _problem(row: dict[str, Any]) -> str | None:
         return "it has images, and batches hold tokens only; train on text."
     if data_of(row) != "pairs":
         return f"it is one of {data_of(row)}, and a reward model trains on pairs, chosen and rejected."
-    if "margin" in row and not (isinstance(row["margin"], numbers.Real) and math.isfinite(row["margin"])):
-        return f"'margin' is {row['margin']!r}; it must be a finite number."
+    if "margin" in row and (problem := margin_problem(row["margin"])):
+        return problem
     if is_tokenized(row):
         return row_problem({"prompt_ids": [], **row})
     if isinstance(row.get("chosen"), str) and not row.get("prompt"):

@@ -17,6 +17,7 @@ from tiny import naive_sequence_logps, random_rows, text_rows, tiny_model, word_
 from fastdpo.cli import main
 from fastdpo.data import tokenize_row
 from fastdpo.reference import ReferenceCache, fill, precompute, reference_columns, work
+from fastdpo.run import _with_adapter
 
 
 @pytest.fixture
@@ -184,6 +185,50 @@ def test_an_adapter(run, tmp_path):
     torch.testing.assert_close(torch.tensor([*columns.values()]), exact, rtol=1e-4, atol=1e-3)
     code, _, err = run()
     assert code == 2 and "adapter" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "layers, rename, said",
+    [
+        (2, lambda name: name.replace("model.model.", "model.model.model."), "8 of the weights"),  # 4 pairs of A and B
+        (1, str, "4 of the weights that the adapter has on this model are not in it"),
+        (3, str, "4 of its weights have no place in this model (base_model.model.model.layers.2.self_attn.q_proj.lora"),
+    ],
+    ids=["other names", "fewer layers", "more layers"],
+)
+def test_an_adapter_of_another_model_is_refused(run, tmp_path, layers, rename, said):
+    """PEFT warns, or says nothing, and computes with an adapter that does nothing."""
+    peft = pytest.importorskip("peft")
+    from safetensors.torch import load_file, save_file
+
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.get_peft_model(tiny_model(num_hidden_layers=layers), lora).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({rename(name): value for name, value in load_file(file).items()}, file)
+    code, _, err = run(adapter=str(tmp_path / "adapter"))
+    assert code == 2
+    assert said in err.splitlines()[-1]
+    assert not list((tmp_path / "cache").glob("shard-*"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"trainable_token_indices": [3, 4]},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"target_modules": ["embed_tokens"]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_adapters_that_fit(tmp_path, options):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = _with_adapter(tiny_model(), str(tmp_path / "adapter"), allow_pickle=False)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(loaded.get_parameter(name), value, rtol=0, atol=0)
 
 
 def test_damage_is_told_in_one_line(run, tmp_path):

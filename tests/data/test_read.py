@@ -563,3 +563,25 @@ def test_memory_stays_flat_however_large_the_row_group(tmp_path):
         if number == 2_000:
             break
     assert peak - before < 20e6
+
+
+@pytest.mark.parametrize(
+    "column, values, told",
+    [
+        ("pair_weight", [1.0, None, -1.0, 2.0], "'pair_weight' is -1.0"),
+        ("pair_weight", [1.0, None, 1e38, 2.0], "'pair_weight' is 1e+38"),
+        ("pair_weight", [1.0, None, float("nan"), 2.0], "'pair_weight' is nan"),
+        ("chosen_ids", [[4], [5], [2**40], [6]], "'chosen_ids' must be a list of token ids"),
+    ],
+)
+def test_tables_of_ids_are_looked_at_whole(tmp_path, column, values, told):
+    """Where no Python object is made of a token, too."""
+    rows = [{"prompt_ids": [3], "chosen_ids": [4 + number], "rejected_ids": [9, 9]} for number in range(4)]
+    good = datasets.Dataset.from_list(rows).add_column("pair_weight", [1.0, None, 0.0, 2.0])
+    good.to_parquet(tmp_path / "good.parquet")
+    assert open_rows(tmp_path / "good.parquet").check() == 4
+    bad = good.remove_columns(column).add_column(column, values)
+    bad.to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(DataError) as caught:
+        open_rows(tmp_path / "bad.parquet").check()
+    assert "bad.parquet, row 3: " + told in str(caught.value)

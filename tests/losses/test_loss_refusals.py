@@ -512,7 +512,7 @@ GOOD = torch.tensor([True, False, True])
         ),
         ({"kl_logps": torch.ones(0), "ref_kl_logps": torch.ones(0)}, "M at least 1"),
         ({"kl_logps": torch.ones(2, 2), "ref_kl_logps": torch.ones(2, 2)}, r"both must be \(M,\)"),
-        ({"kl_logps": torch.tensor([NAN]), "ref_kl_logps": torch.ones(1)}, "kl is nan"),
+        ({"kl_logps": torch.ones(1), "ref_kl_logps": torch.tensor([NAN])}, "ref_kl_logps is nan at 0"),
         ({"kl": 0.0, "loss_type": "apo_zero_unpaired"}, "kl has no meaning for loss_type apo_zero_unpaired"),
         (
             {"kl_logps": torch.ones(2), "ref_kl_logps": torch.ones(2), "loss_type": "apo_zero_unpaired"},

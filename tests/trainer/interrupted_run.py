@@ -118,6 +118,9 @@ def history(entries):
 # In the process
 
 
+MARK = -128.0
+
+
 def bad_loss(kind):
     """Registers the loss "marked": `sigmoid`, but for rows whose reference says so (`marked_rows`).
 
@@ -129,7 +132,7 @@ def bad_loss(kind):
 
     def marked(terms, *, beta):
         logits = beta * terms.delta
-        is_marked = (terms.delta.detach() > 1e5) | (terms.delta.detach() < -1e5)
+        is_marked = terms.ref_chosen_logps == MARK
         losses = -torch.nn.functional.logsigmoid(logits)
         if kind == "nan":
             return losses * torch.where(is_marked, torch.nan, 1.0)
@@ -141,9 +144,9 @@ def bad_loss(kind):
 
 
 def marked_rows(rows, marked):
-    """With columns of the reference, which are beyond belief in some rows."""
+    """With columns of the reference, which in some rows are the mark."""
     return [
-        {**row, "ref_chosen_logps": -1e7 if number in marked else -20.0 - number, "ref_rejected_logps": -20.0}
+        {**row, "ref_chosen_logps": MARK if number in marked else -20.0 - number, "ref_rejected_logps": -20.0}
         for number, row in enumerate(rows)
     ]
 
