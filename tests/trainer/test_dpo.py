@@ -246,7 +246,7 @@ def test_bad_data(tmp_path):
     with pytest.raises(DataError, match="train data set, row 1 \\(counted from 0\\): 'chosen' is empty"):
         trainer(
             tmp_path,
-            rows=[{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "", "rejected": "c"}],
+            rows=[{"prompt": "a", "chosen": " b", "rejected": " c"}, {"prompt": "a", "chosen": "", "rejected": "c"}],
         )
     with pytest.raises(DataError, match="data set is empty"):
         trainer(tmp_path, rows=[])
