@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from fastdpo.attention import BACKENDS
 from fastdpo.losses import WeightedLosses, resolve_losses
 from fastdpo.packing import PACKINGS
 from fastdpo.packing.collator import TRUNCATION_MODES
+from fastdpo.trainer.meaningless import check_processes, check_supported
+from fastdpo.trainer.old_names import OldNames, carry_over, hidden_names
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def option(text: str, default: Any = None, **kwargs: Any) -> Any:
 
 
 @dataclass
-class PreferenceConfig(TrainingArguments):
+class PreferenceConfig(OldNames, TrainingArguments):
     """TrainingArguments with what every trainer of preferences adds.
 
     Defaults that differ from TrainingArguments are TRL's: learning_rate 1e-6, logging_steps 10, gradient_checkpointing
@@ -96,6 +98,8 @@ class PreferenceConfig(TrainingArguments):
     activation_offloading: bool = option("Keep activations in the host's memory between forward and backward.", False)
 
     def __post_init__(self) -> None:
+        carry_over(self)
+        check_supported(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         # Newer transformers call it activation_checkpointing; the older name, which scripts use, stays good.
@@ -112,8 +116,10 @@ class PreferenceConfig(TrainingArguments):
                     f"{name} is deprecated: max_length bounds prompt and answer together; cut or drop longer rows in "
                     "the data.", FutureWarning, stacklevel=3,
                 )  # fmt: skip
+        self._check_precision()
         super().__post_init__()
         self._use_one_gpu()
+        check_processes(self)
         # One process would read the batches of a streamed data set and cut them up for the others, by their first
         # dimension: a packed row cannot be cut so. Every process reads its own share instead.
         if self.accelerator_config.dispatch_batches:
@@ -127,6 +133,13 @@ class PreferenceConfig(TrainingArguments):
         # Nothing waits for the copies of batches in pinned memory.
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
+    def _check_precision(self) -> None:
+        if self.bf16 and not self.use_cpu and not (is_torch_bf16_gpu_available() or is_torch_xla_available()):
+            raise ValueError(
+                "bf16=True needs a GPU that computes in bfloat16, and there is none here; set bf16=False to train in "
+                "float32, or use_cpu=True to train on the CPU in bfloat16."
+            )
+
     def _use_one_gpu(self) -> None:
         """DataParallel, which transformers takes for several GPUs in one process, would cut packed rows apart."""
         if self.n_gpu > 1:
@@ -135,6 +148,14 @@ class PreferenceConfig(TrainingArguments):
                 "`accelerate launch` or `torchrun` to use them all.", self.n_gpu,
             )  # fmt: skip
             self._n_gpu = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        hidden = hidden_names(self)
+        return {name: value for name, value in super().to_dict().items() if name not in hidden}
+
+    def __str__(self) -> str:
+        hidden = hidden_names(self)
+        return "".join(line for line in super().__str__().splitlines(True) if line.split("=")[0] not in hidden)
 
     @property
     def padding_multiple(self) -> int | None:
@@ -316,14 +337,3 @@ class ReferenceFreeConfig(PreferenceConfig):
     padding_value: int | None = option("Deprecated: the padding token's id; use pad_token.", None)
     generate_during_eval: bool = option("Not supported; use show_generations.", False)
     is_encoder_decoder: bool | None = option("Only None or False: encoder-decoders have no causal rows to pack.", None)
-
-    def _check(self) -> None:
-        if self.generate_during_eval:
-            raise ValueError("generate_during_eval=True is not supported; set show_generations to a number of prompts.")
-        if self.is_encoder_decoder:
-            raise ValueError("is_encoder_decoder=True is not supported: an encoder-decoder has no causal row to pack.")
-        if self.padding_value is not None:
-            raise ValueError(
-                f"padding_value={self.padding_value} is not supported: padding reaches no result; leave it out."
-            )
-        super()._check()
