@@ -38,6 +38,7 @@ from fastdpo.trainer.kept_reference import KeptReference
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.order import pair_sampler
 from fastdpo.trainer.passes import PATIENCE, HostCounts, activations_on_host, agree, passes_of, without_exchange
+from fastdpo.trainer.preflight import check_run, check_saving
 from fastdpo.trainer.reference import has_reference
 from fastdpo.trainer.referenced import ReferencedTrainer
 from fastdpo.trainer.run_state import RunCallback
@@ -109,6 +110,7 @@ class PreferenceTrainer(ReferencedTrainer):
         if args.use_liger_kernel:  # layers only: its fused loss would take the place of the head
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
 
+        check_saving(model, inner, args)
         self._losses = args.losses()
         train_dataset = self._prepared(train_dataset, processing_class, args, "train")
         if isinstance(eval_dataset, Mapping):
@@ -150,6 +152,7 @@ class PreferenceTrainer(ReferencedTrainer):
         if hasattr(inner, "add_model_tags"):
             inner.add_model_tags(self._tags)
         self.add_callback(RunCallback(self))
+        check_run(self)
 
     # What depends on the kind of model; RewardTrainer's has another head.
 
