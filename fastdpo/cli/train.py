@@ -145,7 +145,10 @@ def _config(output_dir: str, named: dict[str, Any], rest: list[str]) -> Any:
     try:
         if rest:
             parser = HfArgumentParser(DPOConfig, exit_on_error=False)
-            (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", output_dir, *rest])
+            # Not a config of these alone: an older name is only there until a config is made.
+            parsed, unknown = parser.parse_known_args(["--output_dir", output_dir, *rest])
+            if unknown:
+                raise UserError(f"{unknown[0]!r} belongs to no option; see fastdpo train -h.")
             values |= {name: getattr(parsed, name) for name in given}
         return DPOConfig(output_dir=output_dir, **values)
     except (ValueError, argparse.ArgumentError) as error:
