@@ -95,6 +95,9 @@ class PreferenceConfig(OldNames, TrainingArguments):
     trust_remote_code: bool = option("Let a model given by name run code of its own.", False)
     router_aux_loss_coef: float | None = option(
         "Weight of a mixture of experts' load-balancing loss; unset, that of the model's config.", None)  # fmt: skip
+    master_weights: bool = option(
+        "Keep float32 copies of bfloat16 or float16 weights for the optimizer to step, so that no small update is "
+        "rounded away; 4 bytes a number more.", False)  # fmt: skip
     activation_offloading: bool = option("Keep activations in the host's memory between forward and backward.", False)
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ from fastdpo.trainer import policy
 from fastdpo.trainer.config import PreferenceConfig, check_parallelism
 from fastdpo.trainer.dataset import KEPT, check_data, check_lengths, no_row_left, prepare_dataset
 from fastdpo.trainer.kept_reference import KeptReference
+from fastdpo.trainer.master_weights import LostUpdates, kept_in_float32
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.order import pair_sampler
 from fastdpo.trainer.passes import PATIENCE, HostCounts, activations_on_host, agree, passes_of, without_exchange
@@ -152,7 +153,12 @@ class PreferenceTrainer(ReferencedTrainer):
         if hasattr(inner, "add_model_tags"):
             inner.add_model_tags(self._tags)
         self.add_callback(RunCallback(self))
+        self.add_callback(LostUpdates(self))
         check_run(self)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with kept_in_float32(self):
+            return super().create_optimizer(*args, **kwargs)
 
     # What depends on the kind of model; RewardTrainer's has another head.
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from fastdpo.trainer.master_weights import check_master_weights
 from fastdpo.types import LossOutput, TokenMetrics, UserError
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def check_run(trainer: Any) -> None:
             has; a data set that drop_last leaves nothing of.
     """
     _check_fp16(trainer)
+    check_master_weights(trainer)
     _check_optimizer(trainer)
     _check_best_metric(trainer)
     _check_drop_last(trainer)
