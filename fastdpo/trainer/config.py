@@ -235,8 +235,14 @@ class ReferenceConfig(PreferenceConfig):
     sync_ref_model: bool = option(
         "Move the reference towards the policy every ref_model_sync_steps steps: it becomes ref_model_mixup_alpha "
         "times the policy plus the rest of itself.", False)  # fmt: skip
+    model_adapter_name: str | None = option("PEFT adapter to train, of a model that has several.", None)
+    ref_adapter_name: str | None = option("PEFT adapter of the same model under which it is the reference.", None)
+    ref_model_init_kwargs: dict[str, Any] | str | None = option(
+        "Keywords of from_pretrained, for a ref_model given by name; unset, model_init_kwargs.")  # fmt: skip
     ref_model_mixup_alpha: float = option("For sync_ref_model: the policy's share, in [0, 1].", 0.6)
     ref_model_sync_steps: int = option("For sync_ref_model.", 512)
+
+    _VALID_DICT_FIELDS = [*PreferenceConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         if self.ref_logps is not None:

@@ -34,7 +34,7 @@ from fastdpo.packing import MicroBatches, PreferenceBatch, PreferenceCollator
 from fastdpo.trainer import policy
 from fastdpo.trainer.config import PreferenceConfig, check_parallelism
 from fastdpo.trainer.dataset import KEPT, check_data, check_lengths, no_row_left, prepare_dataset
-from fastdpo.trainer.kept_reference import KeptReference
+from fastdpo.trainer.kept_reference import KeptReference, activate_adapter
 from fastdpo.trainer.master_weights import LostUpdates, kept_in_float32
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.order import pair_sampler
@@ -98,9 +98,11 @@ class PreferenceTrainer(ReferencedTrainer):
             raise ValueError("ref_model is the model itself; leave it out to use the policy's initial weights.")
         if ref_model is not None and args.losses().reference_free:
             raise ValueError("reference_free=True and ref_model contradict each other; leave one of them out.")
-        ref_model = None if ref_model is None else policy.load(ref_model, _without_keywords(args, ref_model))
+        own = _without_keywords(args, ref_model)
+        ref_model = None if ref_model is None else policy.load(ref_model, own)
         if peft_config is not None:
             model = policy.with_adapter(model, peft_config)
+        activate_adapter(model, args)
         inner = self._inner(model)
         policy.check_adapters(model, inner)
         processing_class = policy.prepare_tokenizer(processing_class, inner, args)
@@ -147,7 +149,12 @@ class PreferenceTrainer(ReferencedTrainer):
             self.packing = self._choose_packing(inner)
         if data_collator is None:
             self.data_collator = self._collator()
-        self._reference = KeptReference(self.model, ref_model, new_adapter=_is_plain_adapter(peft_config, self.model))
+        self._reference = KeptReference(
+            self.model,
+            ref_model,
+            new_adapter=_is_plain_adapter(peft_config, self.model),
+            adapter=getattr(args, "ref_adapter_name", None),
+        )
         self._prepare_reference()
         self._extend(inner)
         if hasattr(inner, "add_model_tags"):
@@ -357,8 +364,14 @@ class PreferenceTrainer(ReferencedTrainer):
 
 
 def _without_keywords(args: Any, ref_model: Any) -> Any:
-    """`model_init_kwargs` are the policy's where the reference is a loaded model."""
-    return args if isinstance(ref_model, str) else SimpleNamespace(model_init_kwargs=None)
+    """`model_init_kwargs` are the policy's where the reference is a loaded model, or has keywords of its own."""
+    own = getattr(args, "ref_model_init_kwargs", None)
+    if isinstance(ref_model, str):
+        keywords = args.model_init_kwargs if own is None else own
+        return SimpleNamespace(model_init_kwargs=keywords, trust_remote_code=args.trust_remote_code)
+    if own is not None:
+        raise ValueError("ref_model_init_kwargs is for a ref_model given by name; load this one so, or pass its name.")
+    return SimpleNamespace(model_init_kwargs=None)
 
 
 def _is_plain_adapter(peft_config: Any, model: Any) -> bool:
