@@ -251,7 +251,18 @@ class ReferenceConfig(PreferenceConfig):
 
     def _check(self) -> None:
         super()._check()
+        if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
+            raise ValueError(
+                f"precompute_ref_batch_size={self.precompute_ref_batch_size} has no meaning without "
+                "precompute_ref_log_probs=True; set that, or leave it out."
+            )
         if not self.sync_ref_model:
+            for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+                if getattr(self, name) != self.__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no meaning without sync_ref_model=True; set that, or leave "
+                        "it out."
+                    )
             return
         if self.precompute_ref_log_probs:
             raise ValueError(
