@@ -37,6 +37,11 @@ def log_odds(logp: Tensor, length: Tensor) -> Tensor:
     return torch.log(p / (1 - p))
 
 
+def alpha_reward(mean_logp: Tensor, alpha: float) -> Tensor:
+    """(1 - p^(-alpha)) / alpha of p, the geometric mean of the tokens' probabilities."""
+    return mean_logp if alpha == 0 else (1 - torch.exp(mean_logp) ** -alpha) / alpha
+
+
 def smoothed(x: Tensor, eps: float) -> Tensor:
     return -(1 - eps) * log_sigma(x) - eps * log_sigma(-x)
 
@@ -73,6 +78,10 @@ PAIR_FORMULAS = {
     "sft": lambda p: p.nll,
     "orpo": lambda p: p.nll - p.b * log_sigma(log_odds(p.c, p.lc) - log_odds(p.r, p.lr)),
     "simpo": lambda p: smoothed(p.b * p.c / p.lc - p.b * p.r / p.lr - p.simpo_gamma, p.e),
+    "alphapo": lambda p: smoothed(
+        p.b * (alpha_reward(p.c / p.lc, p.alphapo_alpha) - alpha_reward(p.r / p.lr, p.alphapo_alpha)) - p.simpo_gamma,
+        p.e,
+    ),
     "cpo": lambda p: smoothed(p.b * (p.c - p.r), p.e) + p.cpo_alpha * p.nll,
     "reward": lambda p: -log_sigma(p.c - p.r - p.margin) + p.center_rewards_coefficient * (p.c + p.r) ** 2,
 }
@@ -80,6 +89,7 @@ DEFAULTS = {
     "discopop_tau": 0.05,
     "dpop_lambda": 50.0,
     "simpo_gamma": 0.5,
+    "alphapo_alpha": 0.25,
     "cpo_alpha": 1.0,
     "center_rewards_coefficient": 0.0,
 }

@@ -92,7 +92,10 @@ class Pairs(Groups):
         chosen, rejected = self._logps(sums.detach().view(-1, 2, self._slots))
         terms = self._terms(0, self.count, chosen, rejected)
         beta = 1.0 if self.losses.data == "scores" else self.losses.beta
-        if self.losses.mean_rewards:
+        own = self.losses.own_rewards(terms)
+        if own is not None:
+            rewards = own
+        elif self.losses.mean_rewards:
             rewards = beta * terms.chosen_mean_logps, beta * terms.rejected_mean_logps
         else:
             rewards = beta * terms.chosen_scores, beta * terms.rejected_scores

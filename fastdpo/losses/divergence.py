@@ -33,17 +33,20 @@ class Divergence:
 
     def __call__(self, logratios: Tensor) -> Tensor:
         if self.name == "forward_kl":
-            return _alpha(logratios, 0.0)
+            return power_score(logratios, -1.0)
         if self.name == "js_divergence":
             return math.log(2) + F.logsigmoid(logratios)
         if self.name == "alpha_divergence" and abs(self.alpha - 1) >= 1e-6:
-            return _alpha(logratios, self.alpha)
+            return power_score(logratios, self.alpha - 1)
         return logratios
 
 
-def _alpha(logratios: Tensor, alpha: float) -> Tensor:
-    largest = 340.0 if logratios.dtype == torch.float64 else 40.0
-    return torch.expm1(((alpha - 1) * logratios).clamp(max=largest)) / (alpha - 1)
+def power_score(logs: Tensor, exponent: float) -> Tensor:
+    """(e^(exponent * x) - 1) / exponent; x itself where the exponent is 0. Constant beyond the largest exponent."""
+    if exponent == 0:
+        return logs
+    largest = 340.0 if logs.dtype == torch.float64 else 40.0
+    return torch.expm1((exponent * logs).clamp(max=largest)) / exponent
 
 
 REVERSE_KL = Divergence()

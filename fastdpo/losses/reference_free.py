@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdpo.losses.divergence import power_score
 from fastdpo.losses.paired import smoothed_log_loss
 from fastdpo.losses.terms import PairTerms
 
@@ -38,6 +39,28 @@ def simpo(terms: PairTerms, *, beta: float, label_smoothing: float = 0.0, simpo_
     """
     logits = beta * (terms.chosen_mean_logps - terms.rejected_mean_logps) - simpo_gamma
     return smoothed_log_loss(logits, label_smoothing)
+
+
+def alphapo(
+    terms: PairTerms,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    simpo_gamma: float = 0.5,
+    alphapo_alpha: float = 0.25,
+) -> Tensor:
+    """The form of `simpo` on rewards r = (1 - e^(-alpha * m)) / alpha, m = logp / L, in place of m itself.
+
+    Gupta et al. 2025, arXiv:2501.03884, eq. 8; alpha = 0 is SimPO, and 0.25 or 0.1 is what its authors take.
+    """
+    chosen, rejected = alphapo_rewards(terms, beta=beta, alphapo_alpha=alphapo_alpha)
+    return smoothed_log_loss(chosen - rejected - simpo_gamma, label_smoothing)
+
+
+def alphapo_rewards(terms: PairTerms, *, beta: float, alphapo_alpha: float, **_: float) -> tuple[Tensor, Tensor]:
+    """beta * r of the chosen and of the rejected answers."""
+    chosen, rejected = terms.chosen_mean_logps, terms.rejected_mean_logps
+    return beta * power_score(chosen, -alphapo_alpha), beta * power_score(rejected, -alphapo_alpha)
 
 
 def orpo(terms: PairTerms, *, beta: float) -> Tensor:

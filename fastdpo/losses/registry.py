@@ -54,6 +54,7 @@ class LossSpec:
                      pairs at a time, and single pairs can be weighted
     extras           terms -> further means to report, by name; called without gradient
     mean_rewards     the implicit reward is beta * logp / L, not beta times the score
+    rewards          (terms, *, beta, **options) -> the implicit rewards of chosen and rejected, where they are neither
     requires         range of an option that this loss alone asks for: name -> (test, what must hold)
     """
 
@@ -69,6 +70,7 @@ class LossSpec:
     needs_kl: bool = False
     per_pair: bool = True
     mean_rewards: bool = False
+    rewards: Callable[..., tuple[Tensor, Tensor]] | None = None
     extras: Callable[..., dict[str, Tensor]] | None = None
     requires: Mapping[str, tuple[Callable[[Any], bool], str]] = field(default_factory=dict)
 
@@ -224,6 +226,17 @@ REGISTRY: dict[str, LossSpec] = {
             needs_reference=False,
             needs_lengths=True,
             mean_rewards=True,
+        ),
+        LossSpec(
+            "alphapo",
+            reference_free.alphapo,
+            "sigmoid on β(r_c - r_r) - γ, r = (1 - e^(-α logp/L)) / α",
+            "Gupta 2025 (2501.03884)",
+            options={**_SMOOTHING, "simpo_gamma": 0.5, "alphapo_alpha": 0.25},
+            pieces=frozenset({"use_weighting"}),
+            needs_reference=False,
+            needs_lengths=True,
+            rewards=reference_free.alphapo_rewards,
         ),
         LossSpec(
             "cpo",

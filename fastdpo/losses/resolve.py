@@ -35,6 +35,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dpop_lambda": (_at_least_0, "must be a number from 0"),
     "cpo_alpha": (_at_least_0, "must be a number from 0"),
     "simpo_gamma": (_at_least_0, "must be a number from 0"),
+    "alphapo_alpha": (_is_number, "must be a number"),
     "desirable_weight": (_at_least_0, "must be a number from 0"),
     "undesirable_weight": (_at_least_0, "must be a number from 0"),
     "center_rewards_coefficient": (_at_least_0, "must be a number from 0"),
@@ -71,8 +72,7 @@ class WeightedLosses:
             mine = plain if plain is not None and "ld_alpha" not in spec.pieces else terms
             if "f_divergence_type" not in spec.pieces and terms.divergence is not REVERSE_KL:
                 mine = mine.with_divergence(REVERSE_KL)
-            options = {name: self.options.get(name, default) for name, default in spec.options.items()}
-            losses = spec.fn(mine, beta=self.beta, **options)
+            losses = spec.fn(mine, beta=self.beta, **self._options_of(spec))
             if policy_weights is not None and "use_weighting" in spec.pieces:
                 losses = policy_weights * losses
             if weight != 1.0:
@@ -80,6 +80,14 @@ class WeightedLosses:
             total = losses if total is None else total + losses
         assert total is not None
         return total
+
+    def _options_of(self, spec: LossSpec) -> dict[str, Any]:
+        return {name: self.options.get(name, default) for name, default in spec.options.items()}
+
+    def own_rewards(self, terms: Terms) -> tuple[Tensor, Tensor] | None:
+        """The implicit rewards of chosen and rejected, where the first loss defines them itself."""
+        spec = self.parts[0][0]
+        return None if spec.rewards is None else spec.rewards(terms, beta=self.beta, **self._options_of(spec))
 
     @property
     def divergence(self) -> Divergence:

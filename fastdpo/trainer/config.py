@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from fastdpo.attention import BACKENDS
 from fastdpo.losses import WeightedLosses, resolve_losses
 from fastdpo.packing import PACKINGS
 from fastdpo.packing.collator import TRUNCATION_MODES
+from fastdpo.trainer.meaningless import check_processes, check_supported
+from fastdpo.trainer.old_names import OldNames, carry_over, hidden_names
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def option(text: str, default: Any = None, **kwargs: Any) -> Any:
 
 
 @dataclass
-class PreferenceConfig(TrainingArguments):
+class PreferenceConfig(OldNames, TrainingArguments):
     """TrainingArguments with what every trainer of preferences adds.
 
     Defaults that differ from TrainingArguments are TRL's: learning_rate 1e-6, logging_steps 10, gradient_checkpointing
@@ -93,9 +95,14 @@ class PreferenceConfig(TrainingArguments):
     trust_remote_code: bool = option("Let a model given by name run code of its own.", False)
     router_aux_loss_coef: float | None = option(
         "Weight of a mixture of experts' load-balancing loss; unset, that of the model's config.", None)  # fmt: skip
+    master_weights: bool = option(
+        "Keep float32 copies of bfloat16 or float16 weights for the optimizer to step, so that no small update is "
+        "rounded away; 4 bytes a number more.", False)  # fmt: skip
     activation_offloading: bool = option("Keep activations in the host's memory between forward and backward.", False)
 
     def __post_init__(self) -> None:
+        carry_over(self)
+        check_supported(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         # Newer transformers call it activation_checkpointing; the older name, which scripts use, stays good.
@@ -112,8 +119,10 @@ class PreferenceConfig(TrainingArguments):
                     f"{name} is deprecated: max_length bounds prompt and answer together; cut or drop longer rows in "
                     "the data.", FutureWarning, stacklevel=3,
                 )  # fmt: skip
+        self._check_precision()
         super().__post_init__()
         self._use_one_gpu()
+        check_processes(self)
         # One process would read the batches of a streamed data set and cut them up for the others, by their first
         # dimension: a packed row cannot be cut so. Every process reads its own share instead.
         if self.accelerator_config.dispatch_batches:
@@ -127,6 +136,13 @@ class PreferenceConfig(TrainingArguments):
         # Nothing waits for the copies of batches in pinned memory.
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
+    def _check_precision(self) -> None:
+        if self.bf16 and not self.use_cpu and not (is_torch_bf16_gpu_available() or is_torch_xla_available()):
+            raise ValueError(
+                "bf16=True needs a GPU that computes in bfloat16, and there is none here; set bf16=False to train in "
+                "float32, or use_cpu=True to train on the CPU in bfloat16."
+            )
+
     def _use_one_gpu(self) -> None:
         """DataParallel, which transformers takes for several GPUs in one process, would cut packed rows apart."""
         if self.n_gpu > 1:
@@ -135,6 +151,14 @@ class PreferenceConfig(TrainingArguments):
                 "`accelerate launch` or `torchrun` to use them all.", self.n_gpu,
             )  # fmt: skip
             self._n_gpu = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        hidden = hidden_names(self)
+        return {name: value for name, value in super().to_dict().items() if name not in hidden}
+
+    def __str__(self) -> str:
+        hidden = hidden_names(self)
+        return "".join(line for line in super().__str__().splitlines(True) if line.split("=")[0] not in hidden)
 
     @property
     def padding_multiple(self) -> int | None:
@@ -211,8 +235,14 @@ class ReferenceConfig(PreferenceConfig):
     sync_ref_model: bool = option(
         "Move the reference towards the policy every ref_model_sync_steps steps: it becomes ref_model_mixup_alpha "
         "times the policy plus the rest of itself.", False)  # fmt: skip
+    model_adapter_name: str | None = option("PEFT adapter to train, of a model that has several.", None)
+    ref_adapter_name: str | None = option("PEFT adapter of the same model under which it is the reference.", None)
+    ref_model_init_kwargs: dict[str, Any] | str | None = option(
+        "Keywords of from_pretrained, for a ref_model given by name; unset, model_init_kwargs.")  # fmt: skip
     ref_model_mixup_alpha: float = option("For sync_ref_model: the policy's share, in [0, 1].", 0.6)
     ref_model_sync_steps: int = option("For sync_ref_model.", 512)
+
+    _VALID_DICT_FIELDS = [*PreferenceConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         if self.ref_logps is not None:
@@ -221,7 +251,18 @@ class ReferenceConfig(PreferenceConfig):
 
     def _check(self) -> None:
         super()._check()
+        if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
+            raise ValueError(
+                f"precompute_ref_batch_size={self.precompute_ref_batch_size} has no meaning without "
+                "precompute_ref_log_probs=True; set that, or leave it out."
+            )
         if not self.sync_ref_model:
+            for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+                if getattr(self, name) != self.__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no meaning without sync_ref_model=True; set that, or leave "
+                        "it out."
+                    )
             return
         if self.precompute_ref_log_probs:
             raise ValueError(
@@ -316,14 +357,3 @@ class ReferenceFreeConfig(PreferenceConfig):
     padding_value: int | None = option("Deprecated: the padding token's id; use pad_token.", None)
     generate_during_eval: bool = option("Not supported; use show_generations.", False)
     is_encoder_decoder: bool | None = option("Only None or False: encoder-decoders have no causal rows to pack.", None)
-
-    def _check(self) -> None:
-        if self.generate_during_eval:
-            raise ValueError("generate_during_eval=True is not supported; set show_generations to a number of prompts.")
-        if self.is_encoder_decoder:
-            raise ValueError("is_encoder_decoder=True is not supported: an encoder-decoder has no causal row to pack.")
-        if self.padding_value is not None:
-            raise ValueError(
-                f"padding_value={self.padding_value} is not supported: padding reaches no result; leave it out."
-            )
-        super()._check()

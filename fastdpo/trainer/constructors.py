@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from fastdpo.trainer.config import PreferenceConfig
 from fastdpo.trainer.engine import PreferenceTrainer
-from fastdpo.trainer.names import default_output_dir, named_tokenizer
+from fastdpo.trainer.names import config_of, named_tokenizer
 
 
 class ReferenceTrainer(PreferenceTrainer):
-    """Trainers with a reference; `tokenizer` is the older name of `processing_class`."""
+    """Trainers with a reference; `tokenizer` is the older name of `processing_class`, `older` are fields of `args`."""
 
     _config: ClassVar[type[PreferenceConfig]]
     _method: ClassVar[str]
@@ -31,10 +31,11 @@ class ReferenceTrainer(PreferenceTrainer):
         peft_config: Any = None,
         *,
         tokenizer: Any = None,
+        **older: Any,
     ) -> None:
         super().__init__(
             model,
-            self._config(output_dir=default_output_dir(model, self._method)) if args is None else args,
+            config_of(args, self._config, model, self._method, older),
             ref_model=ref_model,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -70,6 +71,7 @@ class ReferenceFreeTrainer(PreferenceTrainer):
         compute_metrics: Any = None,
         *,
         tokenizer: Any = None,
+        **older: Any,
     ) -> None:
         if preprocess_logits_for_metrics is not None:
             raise ValueError("preprocess_logits_for_metrics has no logits to work on: none are formed; leave it out.")
@@ -78,7 +80,7 @@ class ReferenceFreeTrainer(PreferenceTrainer):
         name = "model" if model is None else model
         super().__init__(
             model,
-            self._config(output_dir=default_output_dir(name, self._method)) if args is None else args,
+            config_of(args, self._config, name, self._method, older),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

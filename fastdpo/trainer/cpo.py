@@ -1,4 +1,4 @@
-"""CPOTrainer: pairs without a reference, CPO (Xu et al. 2024) and SimPO (Meng et al. 2024)."""
+"""CPOTrainer: pairs without a reference: CPO (Xu et al. 2024), SimPO (Meng et al.), AlphaPO (Gupta et al. 2025)."""
 
 from __future__ import annotations
 
@@ -12,30 +12,27 @@ from fastdpo.trainer.config import ReferenceFreeConfig, option
 from fastdpo.trainer.constructors import ReferenceFreeTrainer
 from fastdpo.types import LossOutput
 
-_LOSSES = ("sigmoid", "simpo", "hinge", "ipo")
+_LOSSES = ("sigmoid", "simpo", "hinge", "ipo", "alphapo")
 
 
 @dataclass
 class CPOConfig(ReferenceFreeConfig):
     """Options of CPOTrainer: names and defaults of TRL's CPOConfig, and a few of our own (PreferenceConfig).
 
-    loss_type  sigmoid (CPO), simpo, hinge or ipo, without reference; cpo_alpha times the chosen answers' NLL is added
+    loss_type  sigmoid (CPO), simpo, hinge or ipo, without reference; cpo_alpha times the chosen answers' NLL is added;
+               alphapo, which is simpo with cpo_alpha=0 and rewards bent by `alpha`
     """
 
     beta: float = option("Temperature of the preference.", 0.1)
     label_smoothing: float = option("Share of pairs taken to be labelled the wrong way round, in [0, 0.5].", 0.0)
-    loss_type: str = option("sigmoid, simpo, hinge or ipo.", "sigmoid")
+    loss_type: str = option("sigmoid, simpo, hinge, ipo or alphapo.", "sigmoid")
     cpo_alpha: float = option("Weight of the chosen answers' negative log-likelihood.", 1.0)
     simpo_gamma: float = option("SimPO's target margin.", 0.5)
-    alpha: float = option("AlphaPO's exponent; only 0, plain log-probs, is supported.", 0.0)
+    alpha: float = option("AlphaPO's exponent, for simpo and alphapo; 0 is SimPO.", 0.0)
 
     def __post_init__(self) -> None:
-        if self.alpha or self.loss_type == "alphapo":
-            what = f"alpha={self.alpha}" if self.alpha else "loss_type='alphapo'"
-            raise ValueError(
-                f"{what} is AlphaPO's reward, which is not supported; set alpha=0 and loss_type='simpo', or register "
-                "the loss with fastdpo.register_loss."
-            )
+        if self.loss_type == "alphapo":  # as TRL has it
+            self.loss_type, self.cpo_alpha = "simpo", 0.0
         super().__post_init__()
 
     def _check(self) -> None:
@@ -46,6 +43,11 @@ class CPOConfig(ReferenceFreeConfig):
                 f"simpo_gamma={self.simpo_gamma} has no meaning for loss_type={self.loss_type!r}; leave it out, or set "
                 "loss_type='simpo'."
             )
+        if self.alpha and self.loss_type != "simpo":
+            raise ValueError(
+                f"alpha={self.alpha} bends the mean log-probs that AlphaPO compares, and loss_type={self.loss_type!r} "
+                "is not built on them; set loss_type='alphapo' (or 'simpo'), or leave alpha out."
+            )
         super()._check()
 
     def loss_arguments(self) -> dict[str, Any]:
@@ -54,14 +56,17 @@ class CPOConfig(ReferenceFreeConfig):
         if self.loss_type == "sigmoid":
             own = {"label_smoothing": self.label_smoothing, "cpo_alpha": self.cpo_alpha}
             return {"loss_type": "cpo", "beta": self.beta, **own}
+        name = "alphapo" if self.alpha else self.loss_type
         mix: dict[str, Any] = {
-            "loss_type": [self.loss_type],
+            "loss_type": [name],
             "beta": self.beta,
             "label_smoothing": self.label_smoothing,
         }
         if self.cpo_alpha:
-            mix |= {"loss_type": [self.loss_type, "sft"], "loss_weights": [1.0, self.cpo_alpha]}
-        return mix | ({"simpo_gamma": self.simpo_gamma} if self.loss_type == "simpo" else {"reference_free": True})
+            mix |= {"loss_type": [name, "sft"], "loss_weights": [1.0, self.cpo_alpha]}
+        if self.loss_type != "simpo":
+            return mix | {"reference_free": True}
+        return mix | {"simpo_gamma": self.simpo_gamma} | ({"alphapo_alpha": self.alpha} if self.alpha else {})
 
 
 class CPOTrainer(ReferenceFreeTrainer):

@@ -49,12 +49,14 @@ from fastdpo.trainer.dataset import (
     within_vocabulary,
 )
 from fastdpo.trainer.even_rows import EvenRows, EvenStream
-from fastdpo.trainer.kept_reference import KeptReference
+from fastdpo.trainer.kept_reference import KeptReference, activate_adapter
 from fastdpo.trainer.lent_model import LentModel, without_autocast
+from fastdpo.trainer.master_weights import LostUpdates, kept_in_float32
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
 from fastdpo.trainer.neftune import EmbeddingNoise
 from fastdpo.trainer.order import pair_sampler
 from fastdpo.trainer.passes import PATIENCE, HostCounts, activations_on_host, agree, passes_of, without_exchange
+from fastdpo.trainer.preflight import check_run, check_saving
 from fastdpo.trainer.referenced import ReferencedTrainer
 from fastdpo.trainer.run_state import RunCallback
 from fastdpo.trainer.workers import PatientWorker
@@ -117,7 +119,8 @@ class PreferenceTrainer(ReferencedTrainer):
             raise ValueError("ref_model is the model itself; leave it out to use the policy's initial weights.")
         if ref_model is not None and args.losses().reference_free:
             raise ValueError("reference_free=True and ref_model contradict each other; leave one of them out.")
-        ref_model = None if ref_model is None else policy.load(ref_model, _without_keywords(args, ref_model))
+        own = _without_keywords(args, ref_model)
+        ref_model = None if ref_model is None else policy.load(ref_model, own)
         if ref_model is not None and args.disable_dropout:
             policy.disable_dropout(ref_model)
         model, processing_class = self._ready_policy(model, processing_class, args)
@@ -126,6 +129,7 @@ class PreferenceTrainer(ReferencedTrainer):
         if args.use_liger_kernel:  # layers only: its fused loss would take the place of the head
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
 
+        check_saving(model, inner, args)
         self._losses = args.losses()
         self._vocabularies = {"the model": vocabulary_size(inner)}
         if ref_model is not None:
@@ -172,16 +176,28 @@ class PreferenceTrainer(ReferencedTrainer):
             self.packing = self._choose_packing(inner)
         if data_collator is None:
             self.data_collator = self._collator()
-        self._reference = KeptReference(self.model, ref_model, new_adapter=_is_plain_adapter(peft_config, self.model))
+        self._reference = KeptReference(
+            self.model,
+            ref_model,
+            new_adapter=_is_plain_adapter(peft_config, self.model),
+            adapter=getattr(args, "ref_adapter_name", None),
+        )
         self._prepare_reference()
         if hasattr(inner, "add_model_tags"):
             inner.add_model_tags(self._tags)
         self.add_callback(RunCallback(self))
+        self.add_callback(LostUpdates(self))
+        check_run(self)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with kept_in_float32(self):
+            return super().create_optimizer(*args, **kwargs)
 
     def _ready_policy(self, model: Any, processing_class: Any, args: Any) -> tuple[Any, Any]:
         """(the model with adapters, as this trainer takes it; the tokenizer)"""
         if self._peft_config is not None:
             model = policy.with_adapter(model, self._peft_config)
+        activate_adapter(model, args)
         inner = self._inner(model)
         for each in (model, inner):
             without_autocast(each)  # that a trainer before this one has left on it
@@ -500,8 +516,14 @@ def _of_rows(output: Any) -> Any:
 
 
 def _without_keywords(args: Any, ref_model: Any) -> Any:
-    """`model_init_kwargs` are the policy's where the reference is a loaded model."""
-    return args if isinstance(ref_model, str) else SimpleNamespace(model_init_kwargs=None)
+    """`model_init_kwargs` are the policy's where the reference is a loaded model, or has keywords of its own."""
+    own = getattr(args, "ref_model_init_kwargs", None)
+    if isinstance(ref_model, str):
+        keywords = args.model_init_kwargs if own is None else own
+        return SimpleNamespace(model_init_kwargs=keywords, trust_remote_code=args.trust_remote_code)
+    if own is not None:
+        raise ValueError("ref_model_init_kwargs is for a ref_model given by name; load this one so, or pass its name.")
+    return SimpleNamespace(model_init_kwargs=None)
 
 
 def _is_plain_adapter(peft_config: Any, model: Any) -> bool:

@@ -3,6 +3,7 @@
 explicit        a model of its own
 adapters off    the policy's base, where its adapters have learnt nothing yet
 initial         the policy before training; only for log-probs that are computed ahead
+named adapter   the policy under another adapter of its own
 adapter copy    the policy with a frozen copy of the adapters it came with
 copy            a frozen copy of the policy; it may move (`sync_ref_model`)
 """
@@ -27,12 +28,26 @@ ADAPTER = "ref"
 class KeptReference:
     """`running()` is the context in which `runs` gives the reference's log-probs."""
 
-    def __init__(self, policy: Any, explicit: Any, *, new_adapter: bool) -> None:
+    def __init__(self, policy: Any, explicit: Any, *, new_adapter: bool, adapter: str | None = None) -> None:
+        """
+        Args:
+            adapter: name of the one under which the policy is the reference.
+
+        Raises:
+            UserError: there is no such adapter, or it is the one to be trained, or there is another reference.
+        """
         self._policy = policy
         self.model = explicit  # of its own, or None
         self.kind = "explicit" if explicit is not None else "initial"
         if explicit is None and hasattr(policy, "disable_adapter") and (new_adapter or base_is_the_start(policy)):
             self.kind = "adapters off"
+        self._adapter = ADAPTER if adapter is None else adapter
+        if adapter is not None:
+            check_adapter(policy, adapter, "ref_adapter_name")
+            if explicit is not None or adapter in policy.active_adapters:
+                other = "ref_model is given" if explicit is not None else "it is the adapter to be trained"
+                raise UserError(f"ref_adapter_name is {adapter!r}, and {other}; leave one of the two out.")
+            self.kind = "named adapter"
 
     @property
     def runs(self) -> Any:
@@ -90,7 +105,7 @@ class KeptReference:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        if self.kind not in ("adapters off", "adapter copy"):
+        if self.kind not in ("adapters off", "adapter copy", "named adapter"):
             yield
             return
         policy, trained = self._policy, _trained(self._policy)
@@ -100,7 +115,7 @@ class KeptReference:
                     yield
             else:
                 (own,) = policy.active_adapters
-                policy.set_adapter(ADAPTER)
+                policy.set_adapter(self._adapter)
                 try:
                     yield
                 finally:
@@ -131,6 +146,27 @@ class KeptReference:
             for name, value in unwrapped(policy).named_parameters():
                 whole = value.full_tensor() if isinstance(value, DTensor) else value
                 moved[name].lerp_(whole.detach().to(moved[name].device, moved[name].dtype), share)
+
+
+def check_adapter(model: Any, name: str, option: str) -> None:
+    """
+    Raises:
+        UserError: the model has no such adapter.
+    """
+    known = getattr(model, "peft_config", {})
+    if name not in known:
+        has = f"those of the model are: {', '.join(known)}" if known else "the model has none"
+        raise UserError(f"{option} is {name!r}, which is no adapter of the model; {has}.")
+
+
+def activate_adapter(model: Any, args: Any) -> None:
+    """Makes args.model_adapter_name the adapter to be trained."""
+    name = getattr(args, "model_adapter_name", None)
+    if name is None:
+        return
+    check_adapter(model, name, "model_adapter_name")
+    if list(model.active_adapters) != [name]:
+        model.set_adapter(name)
 
 
 def _trained(model: Any) -> set[str]:

@@ -28,7 +28,7 @@ def load(model: Any, args: Any, quantization_config: Any = None, *, auto_class: 
             model, an encoder, which the config tells before any weights are read.
     """
     check = check_architecture if auto_class is AutoModelForCausalLM else check_no_encoder_decoder
-    keywords = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    keywords = with_dtype(args.model_init_kwargs) if isinstance(args.model_init_kwargs, dict) else {}
     if not isinstance(model, str):
         for name, value in (("quantization_config", quantization_config), ("model_init_kwargs", keywords or None)):
             if value is not None:
@@ -63,6 +63,32 @@ def _check_named(path: str, options: dict[str, Any], check: Any) -> None:
     except (OSError, ValueError, KeyError):
         return
     check(config, path)
+
+
+def with_dtype(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of loading with `dtype` as a torch.dtype or "auto", where it stands there or as the older `torch_dtype`.
+
+    Raises:
+        ValueError: both stand there, and differ; or it is none.
+    """
+    given = {name: _dtype(name, keywords[name]) for name in ("dtype", "torch_dtype") if keywords.get(name) is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError(
+            f"model_init_kwargs has dtype={keywords['dtype']!r} and torch_dtype={keywords['torch_dtype']!r}, its older "
+            "name; leave torch_dtype out."
+        )
+    rest = {name: value for name, value in keywords.items() if name not in ("dtype", "torch_dtype")}
+    return rest | ({"dtype": next(iter(given.values()))} if given else {})
+
+
+def _dtype(name: str, value: Any) -> Any:
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if value == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return value if value == "auto" else dtype
+    raise ValueError(
+        f"model_init_kwargs has {name}={value!r}; it must be 'auto' or a floating-point dtype, as 'bfloat16' or "
+        "torch.bfloat16."
+    )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from fastdpo.score_models import SCORES, sequence_classifier
 from fastdpo.trainer.config import PreferenceConfig, option
 from fastdpo.trainer.engine import PreferenceTrainer
 from fastdpo.trainer.metrics import MetricSums, StepFlops, at_least_float32
-from fastdpo.trainer.names import default_output_dir, named_tokenizer
+from fastdpo.trainer.names import config_of, named_tokenizer
 from fastdpo.trainer.reward_data import KEPT, prepare_scored
 from fastdpo.types import LossOutput, UserError
 from fastdpo.verify import choose_packing
@@ -107,8 +107,10 @@ class RewardTrainer(PreferenceTrainer):
         peft_config: Any = None,
         *,
         tokenizer: Any = None,
+        **older: Any,
     ) -> None:
-        args = RewardConfig(output_dir=default_output_dir(model, "Reward")) if args is None else args
+        args = config_of(args, RewardConfig, model, "Reward", older)
+        assert isinstance(args, RewardConfig)
         super().__init__(
             model,
             args,

@@ -8,6 +8,7 @@ import pytest
 from tiny import text_rows, tiny_model, word_tokenizer, write_rows
 
 from fastdpo.cli import main
+from fastdpo.types import UserError
 
 GOOD = {"prompt": "a b", "chosen": " yes a", "rejected": " no"}
 
@@ -187,3 +188,17 @@ def test_help_is_readable(capsys):
     out = capsys.readouterr().out
     assert "--model PATH" in out and "example:" in out and len(out.splitlines()) < 70
     assert main([]) == 0 and "train" in capsys.readouterr().out
+
+
+def test_older_names_of_options(tmp_path):
+    """They are carried over as in Python; a config in between must not swallow them."""
+    from fastdpo.cli.train import _config
+
+    line = "--warmup_ratio 0.1 --group_by_length --evaluation_strategy=no --save_safetensors true --weight_decay 0.1"
+    with pytest.warns(FutureWarning, match="warmup_ratio is an older name: write warmup_steps=0.1"):
+        config = _config(str(tmp_path), {"beta": 0.3}, line.split())
+    wanted = {"warmup_steps": 0.1, "train_sampling_strategy": "group_by_length", "weight_decay": 0.1, "beta": 0.3}
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    for words, told in (("--save_safetensors false", "save_safetensors=False"), ("--weight_decay 0.1 0.2", "'0.2'")):
+        with pytest.raises(UserError, match=told):
+            _config(str(tmp_path), {}, words.split())

@@ -622,6 +622,23 @@ def test_simpo(policy, simpo_gamma, cpo_alpha, label_smoothing):
     assert_same(finished(policy, out), run_unbuilt(trainer, policy), rewards)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("alpha", [0.25, -0.3])
+@pytest.mark.parametrize("simpo_gamma", [0.5, 1.4])
+def test_alphapo(policy, simpo_gamma, alpha, label_smoothing):
+    """TRL takes AlphaPO for SimPO with other rewards."""
+    cpo = pytest.importorskip("trl.experimental.cpo")
+    trainer = unbuilt(
+        cpo.CPOTrainer, alpha=alpha, loss_type="simpo", cpo_alpha=0.0, label_smoothing=label_smoothing,
+        simpo_gamma=simpo_gamma, pad_token_id=0,
+    )  # fmt: skip
+    out = ours_packed(
+        policy, loss_type="alphapo", alphapo_alpha=alpha, simpo_gamma=simpo_gamma, label_smoothing=label_smoothing
+    )
+    rewards = [name for name in FREE_METRICS if name.startswith("rewards/")]
+    assert_same(finished(policy, out), run_unbuilt(trainer, policy), rewards)
+
+
 def test_orpo(policy, monkeypatch):
     """TRL's NLL is that of prompt and answer, ours of the answer: with the answer's in the place of TRL's, the same."""
     orpo = pytest.importorskip("trl.experimental.orpo")

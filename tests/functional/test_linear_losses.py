@@ -26,7 +26,7 @@ NAMES = [name for name, spec in REGISTRY.items() if spec.data != "scores"]
 PAIRED = [name for name in NAMES if REGISTRY[name].data == "pairs"]
 REQUIRED = {"exo_pair": {"label_smoothing": 1e-2}}
 # Losses that neither option touches, alone or in a mix: written out, not asked of the registry.
-WITHOUT_LD = {"sft", "orpo", "simpo", "cpo"}
+WITHOUT_LD = {"sft", "orpo", "simpo", "alphapo", "cpo"}
 DIVERGING = {"sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm", "listwise"}
 WITHOUT_WPO = {"sft", "orpo", "cpo", "aot", "aot_unpaired"}
 
@@ -311,6 +311,7 @@ OPTIONS = [
     ("discopop", {"discopop_tau": 0.7}),
     ("dpop", {"dpop_lambda": 2.0}),
     ("simpo", {"simpo_gamma": 1.5}),
+    ("alphapo", {"alphapo_alpha": 0.1, "simpo_gamma": 0.2}),
     ("cpo", {"cpo_alpha": 0.0}),
     ("cpo", {"cpo_alpha": 2.5}),
     ("kto", {"desirable_weight": 0.7, "undesirable_weight": 1.3}),

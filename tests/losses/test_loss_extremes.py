@@ -80,7 +80,7 @@ def test_far_values_are_right(name, far, near, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if "orpo" in case.names or "simpo" in case.names], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if {"orpo", "simpo", "alphapo"} & set(case.names)], ids=str)
 @pytest.mark.parametrize("length", [1.0, 300.0])
 def test_certain_answers(case, length, dtype):
     """Mean log-probs of 0, a rounding error below and above it, and everything between."""

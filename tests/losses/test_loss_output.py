@@ -100,6 +100,10 @@ def test_rewards(case):
     alpha = case.options.get("f_alpha_divergence_coef", 0.5)
     if case.names[0] in ("simpo", "orpo"):
         rewards = [beta * tensor / length for tensor, length in zip(logps, inputs.lengths, strict=True)]
+    elif case.names[0] == "alphapo":
+        own = case.options.get("alphapo_alpha", 0.25)
+        means = [tensor / length for tensor, length in zip(logps, inputs.lengths, strict=True)]
+        rewards = [beta * loss_oracle.alpha_reward(mean, own) for mean in means]
     elif case.data == "scores":
         rewards = logps
     else:

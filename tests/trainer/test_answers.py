@@ -473,6 +473,23 @@ def test_options_of_cpo(tmp_path, loss_type, options):
     assert_same_run(run, PAIRS, losses)
 
 
+@pytest.mark.parametrize("loss_type, cpo_alpha", [("alphapo", 0.0), ("simpo", 0.5)])
+def test_alphapo_of_cpo(tmp_path, loss_type, cpo_alpha):
+    """loss_type="alphapo" is simpo with cpo_alpha=0, as TRL has it; alpha bends its rewards."""
+    given = {"cpo_alpha": cpo_alpha} if loss_type == "simpo" else {}
+    run = run_of(tmp_path, "cpo", PAIRS, loss_type=loss_type, alpha=0.3, beta=2.0, simpo_gamma=0.8, **given)
+    own = {"alphapo_alpha": 0.3, "simpo_gamma": 0.8, "beta": 2.0}
+
+    def losses(model, batch):
+        own_loss = pair_loss("alphapo", model, batch, **own)
+        return own_loss + (cpo_alpha * pair_loss("sft", model, batch) if cpo_alpha else 0.0), None
+
+    assert_same_run(run, PAIRS, losses)
+    plain = run_of(tmp_path, "cpo", PAIRS, loss_type="alphapo")
+    assert plain.args.loss_arguments() == {"loss_type": ["simpo"], "beta": 0.1, "label_smoothing": 0.0,
+                                           "simpo_gamma": 0.5}  # fmt: skip
+
+
 @pytest.mark.parametrize("what", ["orpo", "cpo"])
 def test_constructors_without_reference(tmp_path, what):
     Trainer, Config = MADE[what]
