@@ -141,7 +141,7 @@ class PreferenceTrainer(ReferencedTrainer):
         for name, dataset in self._named_datasets():
             check_lengths(dataset, limit, args, name=name)
         with self.accelerator.autocast():
-            self.packing = self._choose_packing(inner)
+            self.packing = self._choose_packing(self.model)
         if data_collator is None:
             self.data_collator = self._collator()
         self._reference = KeptReference(self.model, ref_model, new_adapter=_is_plain_adapter(peft_config, self.model))
@@ -157,8 +157,8 @@ class PreferenceTrainer(ReferencedTrainer):
         """The transformers model inside adapters and wrappers."""
         return causal_lm(model)
 
-    def _choose_packing(self, inner: Any) -> str:
-        return choose_packing(inner, self.args.packing, self.args.attention_backend)
+    def _choose_packing(self, model: Any) -> str:
+        return choose_packing(model, self.args.packing, self.args.attention_backend)
 
     def _extend(self, inner: Any) -> None:
         """Lets the model's own forward take a batch, for `compute_loss`."""
