@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from fastdpo.models import (
     causal_lm,
+    evaluating,
     extend_forward,
     is_mixture_of_experts,
     position_limit,
@@ -279,7 +280,7 @@ class PreferenceTrainer(ReferencedTrainer):
         losses, rewards = [], []
         for part in passes_of(inputs):
             part = self._prepare_inputs(part)
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with evaluating(model), torch.no_grad(), self.compute_loss_context_manager():
                 loss, output = self.compute_loss(model, part, return_outputs=True)
             if part.get("weight", 1.0):
                 losses.append(loss * part.total_weight)

@@ -17,6 +17,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdpo.device import freed_memory_kept
+from fastdpo.models import weights_as_trained
 from fastdpo.trainer.config import PreferenceConfig
 from fastdpo.trainer.kept_reference import ADAPTER, KeptReference
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
@@ -92,7 +93,7 @@ class SurvivingTrainer(Trainer):
         self._throughput.restart()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(Path(self.args.output_dir)) or True
-        with freed_memory_kept(self.args.device), self._stop_request.listening():
+        with freed_memory_kept(self.args.device), self._stop_request.listening(), weights_as_trained(self.model):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self.check_finite()
             told = max(number for (number,) in self._host_counts.gather([self._stop_request.signal or 0]))
