@@ -111,13 +111,71 @@ def _rows(embeddings: Any) -> int:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode within it, and as it was afterwards."""
-    training = model.training
+    """The model in evaluation mode within it, and each module in the mode it had afterwards.
+
+    But for quantized layers, which in evaluation mode run otherwise than in training: on a CPU, bitsandbytes' 4-bit
+    layers repack their weights for good, into a layout without a gradient, and its 8-bit layers round activations.
+    They have no dropout of their own.
+    """
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module in _quantized_layers(model):
+        _unpack(module)
+        module.training = True
     try:
         yield
     finally:
-        model.train(training)
+        model.train(modes[0][1])  # whatever of its own a model does then
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def weights_as_trained(model: Any) -> Iterator[None]:
+    """Within it, no pass in evaluation mode repacks quantized weights, even in a callback of somebody else's."""
+    before = []
+    for module in _quantized_layers(model):
+        _unpack(module)
+        if getattr(module, _MAY_REPACK, False):
+            before.append(module)
+            setattr(module, _MAY_REPACK, False)
+    try:
+        yield
+    finally:
+        for module in before:
+            setattr(module, _MAY_REPACK, True)
+
+
+_MAY_REPACK = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit
+
+
+def _quantized_layers(model: Any) -> list[Any]:
+    layers = getattr(sys.modules.get("bitsandbytes"), "nn", None)
+    if layers is None:
+        return []
+    return [module for module in model.modules() if isinstance(module, layers.Linear4bit | layers.Linear8bitLt)]
+
+
+def restore_weights(model: Any) -> None:
+    """Takes back what a pass in evaluation mode has done to weights: repacked 4-bit weights, whose scales it rounded,
+    and RWKV's, which it divides by powers of two."""
+    for module in _quantized_layers(model):
+        _unpack(module)
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            training, module.training = module.training, True
+            with torch.no_grad():
+                module._rescale_layers()
+            module.training = training
+
+
+def _unpack(module: Any) -> None:
+    if not getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        return
+    module.state_dict()  # bitsandbytes unpacks before it saves
+    state = module.weight.quant_state
+    if state.absmax.dim() == 2:  # but leaves scales that are not quantized themselves as they were packed
+        state.absmax = state.absmax.T.reshape(-1).float()
 
 
 def lm_head(model: Any) -> LMHead:

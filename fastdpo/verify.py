@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from fastdpo.adapters import adapter_tensors, adapters_in_use
 from fastdpo.attention import packed_layers
 from fastdpo.models import causal_lm, evaluating, forward_logps
 from fastdpo.packing import PACKINGS, PreferenceCollator
@@ -24,10 +27,11 @@ Row = dict[str, list[int]]
 # How far a packed log-prob may lie from the model's own, in nats a token, by the dtype of the arithmetic; and a score,
 # in standard deviations.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+_NOISE = 0.05  # in the place of zeros of an adapter
 _CANNOT_RUN = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError)
 
 
-# What has been verified of a model: (packing, attention backend, dtype of the arithmetic).
+# What has been verified of a model: (packing, attention backend, dtype of the arithmetic, adapters in use).
 _verified: weakref.WeakKeyDictionary[torch.nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 
 
@@ -84,7 +88,9 @@ def ensure_verified(model: Any, packing: str, attention_backend: str, compared: 
     if torch.compiler.is_compiling():
         return
     inner = compared.inner(model)
-    if (packing, attention_backend, _arithmetic(inner)) not in _verified.get(inner, ()):
+    way, adapters = [packing, attention_backend, _arithmetic(inner)], adapters_in_use(inner)
+    # Where adapters were verified, so was the model without them.
+    if not any(verified == way and adapters <= others for *verified, others in _verified.get(inner, ())):
         verify_packing(model, packing, attention_backend=attention_backend, compared=compared)
 
 
@@ -117,7 +123,8 @@ def verify_packing(
     """Runs small random pairs as `packing` says and compares them with the model's own outputs.
 
     Three pairs: two with one prompt, one of these with answers that begin alike. Run again with other tokens in half of
-    the sequences, the rest must stay as it was: nothing leaks from one to another.
+    the sequences, the rest must stay as it was: nothing leaks from one to another. Adapters that have learnt nothing
+    yet are given something to say meanwhile.
 
     Raises:
         UserError: the model does not run this way, or what is compared differs: packed attention, positions, or the
@@ -142,8 +149,9 @@ def verify_packing(
     others[2]["rejected_ids"][3:] = draw(4)
     unchanged = torch.tensor([1, 2])  # the chosen answers of the last two
     attention = inner.config._attn_implementation
+    _refuse_readers_of_rows(inner)
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), _loud_adapters(inner), torch.no_grad():
             theirs = compared.theirs(model, rows)
             try:
                 with packed_layers() as layers:
@@ -174,11 +182,42 @@ def verify_packing(
                 f"packing={packing!r} does not give the {compared.what} of {type(inner).__name__}: off by {off:.2g} "
                 f"{compared.unit} on a small test batch. Use packing='padded', or packing='auto' to have it chosen."
             )
-        _verified.setdefault(inner, set()).add((packing, attention_backend, _arithmetic(inner)))
+        _verified.setdefault(inner, set()).add((packing, attention_backend, _arithmetic(inner), adapters_in_use(inner)))
     except ValueError:
         if inner.config._attn_implementation != attention:
             inner.set_attn_implementation(attention)
         raise
+
+
+def _refuse_readers_of_rows(inner: Any) -> None:
+    names = {use.split(" ")[0] for use in adapters_in_use(inner)}
+    for name, config in getattr(inner, "peft_config", {}).items():
+        if name in names and getattr(config, "alora_invocation_tokens", None):
+            raise UserError(
+                f"the adapter {name!r} looks for its invocation tokens in each row (alora_invocation_tokens), which "
+                "packed rows and fused log-probs do not show it; take LoRA without them."
+            )
+
+
+@contextmanager
+def _loud_adapters(inner: Any) -> Iterator[None]:
+    """Within it, the zeros that adapters begin with are noise, so that what adapters do wrong is seen.
+
+    By way of `data`: a graph that somebody holds stays valid.
+    """
+    before: list[tuple[Tensor, Tensor]] = []
+    generator = torch.Generator().manual_seed(1)
+    try:
+        for _, _, _, tensor in adapter_tensors(inner):
+            silent = isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta
+            if not silent or isinstance(tensor, DTensor) or tensor.is_inference() or tensor.any():
+                continue
+            before.append((tensor, tensor.data.clone()))
+            tensor.data.copy_(_NOISE * torch.randn(tensor.shape, generator=generator))
+        yield
+    finally:
+        for tensor, values in before:
+            tensor.data.copy_(values)
 
 
 def own_logps(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:

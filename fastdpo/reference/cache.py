@@ -332,7 +332,7 @@ class ReferenceCache:
         if wanted is None:
             return
         differing = differences(self.fingerprint, wanted)
-        if "dtype" in differing and differing.keys() <= {"dtype", "weights"}:
+        if "dtype" in differing and differing.keys() <= {"dtype", "weights", "buffers"}:
             there, here = (fingerprint.get("dtype", "an unknown dtype") for fingerprint in (self.fingerprint, wanted))
             # Weights that were rounded to another dtype are other weights.
             weights = f" ({differing['weights']})" if "weights" in differing else ""

@@ -17,13 +17,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from fastdpo.adapters import adapters_in_use
 from fastdpo.attention import BACKENDS
 from fastdpo.device import freed_memory_kept
 from fastdpo.models import causal_lm, evaluating, position_limit, vocabulary_size
 from fastdpo.packing import PreferenceCollator
 from fastdpo.reference.cache import ReferenceCache, default_cache_dir
 from fastdpo.reference.fingerprint import model_fingerprint
+from fastdpo.reference.folder import differences
 from fastdpo.reference.progress import FillBar, Filled
 from fastdpo.reference.work import Pass, Prompt, Reader, Window, ahead, passes, place
 from fastdpo.scoring import ScoringBatch, score, scoring_batch, scoring_device
@@ -94,6 +97,9 @@ def fill_cache(
 ) -> Filled:
     """Adds to `cache`, which must be one of this model's, what it lacks of `dataset`; says what that was.
 
+    Before the first pass the model's fingerprint is compared with the cache's, and where a weight was written to
+    meanwhile, again before each shard.
+
     Killed at any moment, it loses the shard in flight (16 passes, a minute at most); run again, it computes what is
     missing, to the same bits. Several processes may fill one folder; each does best with a slice of its own.
 
@@ -107,6 +113,9 @@ def fill_cache(
         num_shards, shard_index: compute only one of so many slices, counted from 0. A prompt belongs to a slice by its
             content, so the slices of a data set are complete together in whatever order its rows come.
         num_rows: for the progress bar, of a data set that does not know its own length.
+
+    Raises:
+        UserError: as `precompute`; the model was changed since the cache was opened for it.
     """
     if not 0 <= shard_index < num_shards:
         raise UserError(f"shard_index is {shard_index}; of num_shards={num_shards} it must be 0 to {num_shards - 1}.")
@@ -136,11 +145,13 @@ def fill_cache(
         evaluating(model),
         _current(device),
         freed_memory_kept(device),
-        _ShardWriter(cache) as shard,
+        _ShardWriter(cache, _SameModel(model, cache, autocast_dtype)) as shard,
     ):
         for window in _early(reader.windows(dataset), device):
             cache.reload()  # another process may have added to the folder since
             missing = _missing(window, cache)
+            if missing:
+                shard.same_model.require()
             bar.open(window, missing)
             with autocast:
                 for work, logps in scorer.run(missing, cache):
@@ -246,11 +257,46 @@ class _Running:
         return values
 
 
+class _SameModel:
+    """Whether the model is still that of the cache: its fingerprint is taken again where a tensor was written to, put
+    in the place of another, or made another way of reading it, as its adapters and hooks are."""
+
+    def __init__(self, model: Any, cache: ReferenceCache, autocast_dtype: torch.dtype | None) -> None:
+        self._model, self._cache, self._autocast_dtype = model, cache, autocast_dtype
+        self._seen: Any = None
+
+    def require(self) -> None:
+        """
+        Raises:
+            UserError: the model has changed since the cache was opened for it.
+        """
+        seen = self._state()
+        if seen == self._seen or any(isinstance(value, DTensor) for value in self._model.parameters()):
+            return  # of a sharded model, a process has no more than its part
+        differing = differences(self._cache.fingerprint, model_fingerprint(self._model, self._autocast_dtype))
+        if differing:
+            raise UserError(
+                f"the model is not the one that {self._cache.path} is for ({'; '.join(differing.values())}): it was "
+                "changed since the cache was opened, or is run in another dtype; open a cache with its fingerprint "
+                "as it is now. What was computed before is kept."
+            )
+        self._seen = self._state()  # anew: the state of a quantized layer is tidied as it is read
+
+    def _state(self) -> list[Any]:
+        """What moves when the model is changed; of no cost beside a pass."""
+        inner = causal_lm(self._model)
+        tensors = (*inner.named_parameters(), *inner.named_buffers())
+        return [
+            adapters_in_use(inner),
+            *((name, id(value), 0 if value.is_inference() else value._version) for name, value in tensors),
+        ]
+
+
 class _ShardWriter:
     """Gathers log-probs and writes a shard every few passes, on `write`, and when it is left, by an error too."""
 
-    def __init__(self, cache: ReferenceCache) -> None:
-        self._cache = cache
+    def __init__(self, cache: ReferenceCache, same_model: _SameModel) -> None:
+        self._cache, self.same_model = cache, same_model
         self._pending: dict[bytes, np.ndarray] = {}
         self._passes = 0
         self._began = time.perf_counter()
@@ -269,6 +315,8 @@ class _ShardWriter:
 
     def write(self) -> None:
         pending, self._pending, self._passes = self._pending, {}, 0
+        if pending:
+            self.same_model.require()
         self._cache.add(pending)
         self._cache.reload()  # what another process has added since
         self._began = time.perf_counter()

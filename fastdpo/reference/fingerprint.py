@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdpo.models import causal_lm, unwrapped
+from fastdpo.adapters import adapter_tensors, adapter_wrappers, place
+from fastdpo.models import causal_lm, restore_weights, unwrapped
+from fastdpo.reference.unsaved import Unsaved, adapter_state, quantization, refuse_hooks
 from fastdpo.types import UserError
 
 _CHUNK = 1 << 24  # elements that are hashed at a time
@@ -46,25 +47,44 @@ def model_fingerprint(model: Any, compute_dtype: torch.dtype | None = None) -> d
               a new field in a new version of transformers changes nothing
     dtype     of the weights, and in which the arithmetic is done where that is another one (`compute_dtype`: autocast)
 
+    And further parts of a model that is not what its config makes of its weights:
+
+    buffers       hash of the tensors that no checkpoint holds, rotary frequencies rounded to bfloat16, say
+    attributes    hash of what was changed on its modules, a scale for instance, or of other modules in their place
+    quantization  of 4- and 8-bit layers that compute otherwise than the config says
+
     Neither paths nor the tokenizer are part of it.
 
     Raises:
         UserError: adapters that put tokens of their own before the prompt, or that are merged and switched off;
-            weights that are not in memory.
+            weights that are not in memory; somebody's hooks that change what the model computes.
     """
     inner = causal_lm(model)
     _refuse_prompt_learning(model)
+    refuse_hooks(model)
+    restore_weights(inner)
     parts = _Tensors(inner)
+    unsaved = Unsaved(inner, parts.saved)
     with ThreadPoolExecutor(_num_threads()) as threads:
         weights = _digest_tensors(parts.base, threads)
         adapter = _digest_tensors(parts.adapter, threads)
+        buffers = _digest_tensors(unsaved.buffers, threads)
     config = getattr(inner, "config", None)
-    return {
+    whole = {
         "weights": weights,
-        "adapter": _hash(adapter + _adapter_config(model)) if parts.adapter else "none",
+        "adapter": _hash(adapter + _adapter_config(model) + adapter_state(inner)) if parts.adapter else "none",
         "config": _hash(_relevant(_config_values(config), _IRRELEVANT)),
         "dtype": _dtype_name(inner, compute_dtype),
     }
+    # Only where there is something to say, so that folders of older versions remain those of ordinary models.
+    quantized = quantization(inner, compute_dtype or inner.get_input_embeddings().weight.dtype)
+    if unsaved.buffers:
+        whole["buffers"] = f"{_named(unsaved.buffers)} {buffers}"
+    if unsaved.attributes:
+        whole["attributes"] = f"{_named(unsaved.attributes)} {_hash(*sorted(unsaved.attributes))}"
+    if quantized:
+        whole["quantization"] = ", ".join(quantized)
+    return whole
 
 
 def sequence_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
@@ -80,9 +100,13 @@ class _Tensors:
     def __init__(self, model: Any) -> None:
         self.base: dict[str, Tensor] = {}
         self.adapter: dict[str, Tensor] = {}
-        wrappers = dict(_adapter_wrappers(model))
-        for name, tensor in model.state_dict().items():
-            plain, wrapper, inside = _place(name, wrappers)
+        wrappers = dict(_wrappers(model))
+        saved = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        self.saved = set(saved)
+        # Adapters, too, have tensors that are not saved: projections that they draw again, say.
+        others = {name: value for name, _, _, value in adapter_tensors(model) if name not in saved}
+        for name, tensor in (saved | others).items():
+            plain, wrapper, inside = place(name, wrappers)
             if wrapper is None:
                 self.base[plain] = tensor
             elif not wrapper.disable_adapters:
@@ -92,37 +116,14 @@ class _Tensors:
                     self.adapter[".".join([plain, str(wrapper.active_adapters.index(on[0])), *inside])] = tensor
 
 
-def _adapter_wrappers(model: Any) -> Iterator[tuple[str, Any]]:
-    """The modules that PEFT has put in the place of the model's own."""
-    if "peft" not in sys.modules:
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            if getattr(module, "merged", False) and module.disable_adapters:
-                raise UserError(
-                    f"the adapter is merged into {name} and switched off, and will be taken out of it on the first "
-                    "pass; call unmerge_adapter() on the model before."
-                )
-            yield name, module
-
-
-# What of a wrapper is the module that it stands for.
-_WRAPPED = ("base_layer", "original_module", "token_adapter")
-
-
-def _place(name: str, wrappers: dict[str, Any]) -> tuple[str, Any, list[str]]:
-    """The name that a tensor has without adapters; or that of its layer, the wrapper it is of, and its place there."""
-    parts, plain = name.split("."), []
-    for number, part in enumerate(parts):
-        wrapper = wrappers.get(".".join(parts[:number]))
-        if wrapper is None:
-            plain.append(part)
-        elif part not in _WRAPPED:
-            return ".".join(plain), wrapper, parts[number:]
-    return ".".join(plain), None, []
+def _wrappers(model: Any) -> Iterator[tuple[str, Any]]:
+    for name, module in adapter_wrappers(model):
+        if getattr(module, "merged", False) and module.disable_adapters:
+            raise UserError(
+                f"the adapter is merged into {name} and switched off, and will be taken out of it on the first "
+                "pass; call unmerge_adapter() on the model before."
+            )
+        yield name, module
 
 
 def _adapter_config(model: Any) -> str:
@@ -178,6 +179,12 @@ def _dtype_name(model: Any, compute_dtype: torch.dtype | None) -> str:
         return f"{name} in {_name(compute_dtype)} autocast"
     head = model.get_output_embeddings().weight.dtype
     return name if head == weights or not head.is_floating_point else f"{name} with a head of {_name(head)}"
+
+
+def _named(things: Any) -> str:
+    """The first of some, for messages, and how many more there are."""
+    first, *more = things
+    return f"{first} and {len(more)} more" if more else str(first)
 
 
 def _name(dtype: torch.dtype | None) -> str:

@@ -60,10 +60,15 @@ def _kept(kind: Kind) -> str:
 def differences(there: Mapping[str, str], here: Mapping[str, str]) -> dict[str, str]:
     """For each part in which two fingerprints differ, "dtype float32 there, bfloat16 here"."""
     return {
-        part: f"{part} {there.get(part, 'unknown')} there, {here.get(part, 'unknown')} here"
+        part: f"{part} {there.get(part, _absent(part))} there, {here.get(part, _absent(part))} here"
         for part in {**there, **here}
         if there.get(part) != here.get(part)
     }
+
+
+def _absent(part: str) -> str:
+    """Some parts are only in the fingerprint of a model that is not what its config makes of its weights."""
+    return "as the config says" if part in ("buffers", "attributes", "quantization") else "unknown"
 
 
 @dataclass(frozen=True)

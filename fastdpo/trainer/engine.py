@@ -29,11 +29,13 @@ from transformers.trainer_utils import number_of_arguments
 from fastdpo.groups import looked_at
 from fastdpo.models import (
     causal_lm,
+    evaluating,
     extend_forward,
     is_mixture_of_experts,
     position_limit,
     through_forward,
     vocabulary_size,
+    weights_as_trained,
 )
 from fastdpo.packing import MicroBatches, PreferenceBatch, PreferenceCollator
 from fastdpo.packing.groups import FILLER
@@ -173,7 +175,7 @@ class PreferenceTrainer(ReferencedTrainer):
         for name, dataset in self._named_datasets():
             check_lengths(dataset, limit, args, name=name)
         with self.accelerator.autocast():
-            self.packing = self._choose_packing(inner)
+            self.packing = self._choose_packing(self.model)
         if data_collator is None:
             self.data_collator = self._collator()
         self._reference = KeptReference(
@@ -222,6 +224,7 @@ class PreferenceTrainer(ReferencedTrainer):
             )
         self._step_flops = self._flops_of(inner)
         self._lending.enter_context(self._model_lent())
+        self._lending.enter_context(weights_as_trained(self.model))
         return self.model
 
     # What depends on the kind of model; RewardTrainer's has another head.
@@ -230,8 +233,8 @@ class PreferenceTrainer(ReferencedTrainer):
         """The transformers model inside adapters and wrappers."""
         return causal_lm(model)
 
-    def _choose_packing(self, inner: Any) -> str:
-        return choose_packing(inner, self.args.packing, self.args.attention_backend)
+    def _choose_packing(self, model: Any) -> str:
+        return choose_packing(model, self.args.packing, self.args.attention_backend)
 
     def _extend(self, inner: Any) -> None:
         """Lets the model's own forward take a batch, for `compute_loss`."""
@@ -388,7 +391,7 @@ class PreferenceTrainer(ReferencedTrainer):
         losses, rewards = [], []
         for part in passes_of(inputs):
             part = self._prepare_inputs(part)
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with evaluating(model), torch.no_grad(), self.compute_loss_context_manager():
                 loss, output = self.compute_loss(model, part, return_outputs=True)
             if part.get("weight", 1.0):
                 losses.append(loss * part.total_weight)

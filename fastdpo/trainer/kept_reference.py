@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from fastdpo.adapters import adapter_tensors, adapter_wrappers, trained_outside_adapters
 from fastdpo.models import unwrapped
 from fastdpo.trainer.policy import base_is_the_start
 from fastdpo.types import UserError
@@ -39,7 +40,9 @@ class KeptReference:
         self._policy = policy
         self.model = explicit  # of its own, or None
         self.kind = "explicit" if explicit is not None else "initial"
-        if explicit is None and hasattr(policy, "disable_adapter") and (new_adapter or base_is_the_start(policy)):
+        if explicit is not None:
+            _refuse_shared(policy, explicit)
+        elif hasattr(policy, "disable_adapter") and (new_adapter or base_is_the_start(policy)):
             self.kind = "adapters off"
         self._adapter = ADAPTER if adapter is None else adapter
         if adapter is not None:
@@ -56,29 +59,45 @@ class KeptReference:
     @property
     def lasts(self) -> bool:
         """Whether it is still there when the policy has moved."""
-        return self.kind != "initial"
+        return self.kind != "initial" and not (self._on_the_policy and trained_outside_adapters(self._policy))
+
+    @property
+    def _on_the_policy(self) -> bool:
+        """Whether it is the policy with other adapters, or none."""
+        return self.kind in ("adapters off", "adapter copy", "named adapter")
 
     def keep(self, device: torch.device) -> None:
         """Before training: makes it last, and ready to run on `device`.
 
         Raises:
-            UserError: a policy whose adapters train more than themselves, or of which several are active.
+            UserError: a policy that trains more than its adapters, or of whose adapters several are active.
         """
-        biases = [name for name, config in getattr(self._policy, "peft_config", {}).items()
-                  if self.kind != "explicit" and getattr(config, "bias", "none") != "none"]  # fmt: skip
-        if biases:
-            how = self._policy.peft_config[biases[0]].bias
-            raise UserError(
-                f"the adapter {biases[0]!r} trains biases of the base (bias={how!r}), "
-                "so the model without it is not the one that training began with; set bias='none', pass ref_model, or "
-                "precompute_ref_log_probs=True."
-            )
+        if self.kind != "explicit" and hasattr(self._policy, "disable_adapter"):
+            self._refuse_trained_base()
         if self.kind == "initial" and hasattr(self._policy, "disable_adapter"):
             self._copy_adapter()
         elif self.kind == "initial":
             self.model, self.kind = copy.deepcopy(self._policy), "copy"
         if self.model is not None:
             self.model.requires_grad_(False).eval().to(device)
+
+    def _refuse_trained_base(self) -> None:
+        outside = trained_outside_adapters(self._policy)
+        if not outside:
+            return
+        remedy = "pass ref_model, or precompute_ref_log_probs=True."
+        for name, config in self._policy.peft_config.items():
+            how = getattr(config, "bias", "none")
+            if how != "none" and all(each.endswith("bias") for each in outside):
+                raise UserError(
+                    f"the adapter {name!r} trains biases of the base (bias={how!r}), so the model without it is not "
+                    f"the one that training began with; set bias='none', {remedy}"
+                )
+        raise UserError(
+            f"{outside[0]}{f' and {len(outside) - 1} more' if outside[1:] else ''} would be trained beside the "
+            "adapters, so the model without them is not the one that training began with; freeze it "
+            f"(requires_grad_(False)), name it in modules_to_save, {remedy}"
+        )
 
     def _copy_adapter(self) -> None:
         policy = self._policy
@@ -94,18 +113,14 @@ class KeptReference:
                 setattr(config, name, True)
         trained = _trained(policy)
         policy.add_adapter(ADAPTER, config)
-        values = dict(policy.named_parameters())
-        for name, value in values.items():
-            if f".{own}." in name or name.endswith(f".{own}"):
-                copied = values[_renamed(name, own, ADAPTER)]
-                copied.data.copy_(value.data)
+        _copy_values(policy, own, ADAPTER)
         policy.set_adapter(own)
         _train_only(policy, trained)
         self.kind = "adapter copy"
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        if self.kind not in ("adapters off", "adapter copy", "named adapter"):
+        if not self._on_the_policy:
             yield
             return
         policy, trained = self._policy, _trained(self._policy)
@@ -179,7 +194,43 @@ def _train_only(model: Any, names: set[str]) -> None:
             value.requires_grad_(name in names)
 
 
-def _renamed(name: str, old: str, new: str) -> str:
-    """The parameter of another adapter."""
-    parts = name.split(".")
-    return ".".join(new if part == old else part for part in parts)
+def _copy_values(model: Any, old: str, new: str) -> None:
+    """Gives an adapter all that another has: its tensors, and what else its layers hold by name (scaling, say)."""
+    tensors = {name: (inside, tensor) for name, _, inside, tensor in adapter_tensors(model)}
+    for name, (inside, tensor) in tensors.items():
+        if old in inside:
+            before = name.removesuffix(".".join(inside))
+            copied = before + ".".join(_replaced(inside, old, new))
+            tensors[copied][1].data.copy_(tensor.data)
+    for _, wrapper in adapter_wrappers(model):
+        for held in vars(wrapper).values():
+            if isinstance(held, dict) and isinstance(held.get(old), int | float | bool):
+                held[new] = held[old]
+
+
+def _replaced(parts: list[str], old: str, new: str) -> list[str]:
+    at = parts.index(old)
+    return [*parts[:at], new, *parts[at + 1 :]]
+
+
+def _refuse_shared(policy: Any, reference: Any) -> None:
+    """
+    Raises:
+        UserError: a reference that holds parameters which the policy trains, so that training would move it.
+    """
+    trained = {place for value in policy.parameters() if value.requires_grad for place in _memory(value)}
+    for name, value in (*reference.named_parameters(), *reference.named_buffers()):
+        if not trained.isdisjoint(_memory(value)):
+            raise UserError(
+                f"ref_model and the model share {name}, which is trained, so the reference would move with the "
+                "policy; pass a model of its own (copy.deepcopy before adapters are put on, or loaded again), or "
+                "leave ref_model out."
+            )
+
+
+def _memory(value: torch.Tensor) -> list[tuple[torch.device, int]]:
+    """Where it lies, if anywhere."""
+    local = value.to_local() if isinstance(value, DTensor) else value
+    if local.is_meta or not local.numel():
+        return []
+    return [(local.device, local.untyped_storage().data_ptr())]

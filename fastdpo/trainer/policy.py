@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
+from fastdpo.adapters import adapter_wrappers
 from fastdpo.models import check_architecture, check_no_encoder_decoder, unwrapped, vocabulary_size
 from fastdpo.types import UserError
 
@@ -154,19 +155,53 @@ def changes_base(peft_config: Any) -> bool:
 
 
 def base_is_the_start(model: Any) -> bool:
-    """Whether a PEFT model computes what its base computes with adapters off: adapters that have learnt nothing yet."""
+    """Whether a PEFT model is known to compute what its base does with adapters off: LoRA that has learnt nothing."""
     if any(map(changes_base, model.peft_config.values())):
         return False
-    values = dict(model.named_parameters())
-    seconds = [name for name in values if ".lora_B." in name or ".lora_embedding_B." in name]
-    if not seconds or any(bool(values[name].any()) for name in seconds):
+    found = [_learnt_nothing(wrapper) for _, wrapper in adapter_wrappers(model)]
+    return bool(found) and all(found)
+
+
+def _learnt_nothing(wrapper: Any) -> bool:
+    """Whether what PEFT has put in the place of a module is known to do what the module does."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    if isinstance(wrapper, ModulesToSaveWrapper):
+        before = wrapper.original_module.state_dict()
+        return all(_same(copied.state_dict(), before) for copied in wrapper.modules_to_save.values())
+    if isinstance(wrapper, TrainableTokensWrapper):
+        return _learnt_nothing(wrapper.token_adapter)
+    if isinstance(wrapper, TrainableTokensLayer):
+        weight = wrapper.get_base_layer().weight
+        return all(
+            torch.equal(weight[wrapper.token_indices[name]], values.to(weight))
+            for name, values in wrapper.trainable_tokens_delta.items()
+        )
+    if not isinstance(wrapper, LoraLayer) or wrapper.merged:
         return False
-    for name, value in values.items():
-        if ".modules_to_save." in name:
-            before, after = name.split(".modules_to_save.")
-            original = values[f"{before}.original_module.{after.split('.', 1)[1]}"]
-            if not torch.equal(original.to(value.device), value):
-                return False
+    seconds = [*wrapper.lora_B.parameters(), *wrapper.lora_embedding_B.parameters()]
+    return bool(seconds) and not any(bool(value.any()) for value in seconds) and _norms_kept(wrapper)
+
+
+def _same(values: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return values.keys() == others.keys() and all(
+        torch.equal(value, others[name].to(value.device)) for name, value in values.items()
+    )
+
+
+def _norms_kept(wrapper: Any) -> bool:
+    """Whether the magnitudes of DoRA, where a layer has them, are still the norms of its weight."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    for magnitude in wrapper.lora_magnitude_vector.values():
+        weight = dequantize_module_weight(wrapper.get_base_layer()).detach()
+        own = magnitude.weight.detach()
+        dim = 0 if wrapper.lora_embedding_B else 1
+        norms = torch.linalg.norm(weight.to(own.dtype), dim=dim)
+        if norms.numel() != own.numel() or not torch.allclose(norms.to(own.device), own.flatten(), rtol=1e-5):
+            return False
     return True
 
 

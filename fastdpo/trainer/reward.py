@@ -144,8 +144,8 @@ class RewardTrainer(PreferenceTrainer):
     def _inner(self, model: Any) -> Any:
         return sequence_classifier(model)
 
-    def _choose_packing(self, inner: Any) -> str:
-        return choose_packing(inner, self.args.packing, self.args.attention_backend, SCORES)
+    def _choose_packing(self, model: Any) -> str:
+        return choose_packing(model, self.args.packing, self.args.attention_backend, SCORES)
 
     def _extend(self, inner: Any) -> None:
         score_models.extend_forward(inner)

@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdpo.device import freed_memory_kept
+from fastdpo.models import weights_as_trained
 from fastdpo.trainer.config import PreferenceConfig
 from fastdpo.trainer.kept_reference import ADAPTER, KeptReference
 from fastdpo.trainer.metrics import MetricSums, StepFlops, Throughput
@@ -104,6 +105,7 @@ class SurvivingTrainer(Trainer):
         with freed_memory_kept(self.args.device), self._stop_request.listening(), ExitStack() as self._lending:
             if self.model_init is None:  # else `call_model_init` lends the model that it makes
                 self._lending.enter_context(self._model_lent())
+                self._lending.enter_context(weights_as_trained(self.model))
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self.check_finite()
             told = max(number for (number,) in self._host_counts.gather([self._stop_request.signal or 0]))

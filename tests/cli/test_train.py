@@ -192,13 +192,13 @@ def test_help_is_readable(capsys):
 
 def test_older_names_of_options(tmp_path):
     """They are carried over as in Python; a config in between must not swallow them."""
-    from fastdpo.cli.train import _config
+    from fastdpo.cli.options import config as made
 
     line = "--warmup_ratio 0.1 --group_by_length --evaluation_strategy=no --save_safetensors true --weight_decay 0.1"
     with pytest.warns(FutureWarning, match="warmup_ratio is an older name: write warmup_steps=0.1"):
-        config = _config(str(tmp_path), {"beta": 0.3}, line.split())
+        config = made(str(tmp_path), {"beta": 0.3}, line.split())
     wanted = {"warmup_steps": 0.1, "train_sampling_strategy": "group_by_length", "weight_decay": 0.1, "beta": 0.3}
     assert {name: getattr(config, name) for name in wanted} == wanted
     for words, told in (("--save_safetensors false", "save_safetensors=False"), ("--weight_decay 0.1 0.2", "'0.2'")):
         with pytest.raises(UserError, match=told):
-            _config(str(tmp_path), {}, words.split())
+            made(str(tmp_path), {}, words.split())

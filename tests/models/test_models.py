@@ -15,7 +15,7 @@ from fastdpo.models import causal_lm
 from fastdpo.packing import PreferenceCollator
 from fastdpo.scoring import completion_logps
 from fastdpo.types import UserError
-from fastdpo.verify import verify_packing
+from fastdpo.verify import ensure_verified, verify_packing
 
 PACKINGS = ["prefix", "varlen", "padded"]
 
@@ -259,3 +259,48 @@ def test_architectures_on_a_gpu(name):
     if name != "gpt-oss":  # in half precision a router may choose another expert
         padded, ours = (gradients(torch.bfloat16, packing) for packing in ("padded", "prefix"))
         assert (ours - exact).norm() <= 2 * (padded - exact).norm() + 1e-3 * exact.norm()
+
+
+class TestAdaptersAreVerified:
+    @pytest.fixture
+    def config(self):
+        peft = pytest.importorskip("peft")
+        return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+
+    def reads_the_row(self, model):
+        """Its adapter, which has learnt nothing yet, takes from each token the mean of the row."""
+        layer = model.base_model.model.model.layers[0].self_attn.v_proj.lora_A["default"]
+        layer.register_forward_hook(lambda module, args, output: output - output.mean(1, keepdim=True))
+        return model
+
+    def test_one_that_reads_the_row_is_seen_before_it_has_learnt(self, config):
+        from peft import get_peft_model
+
+        for packing in ("prefix", "varlen"):
+            with pytest.raises(UserError, match=r"cannot serve LlamaForCausalLM|does not give the log-probs"):
+                verify_packing(self.reads_the_row(get_peft_model(tiny_model(), config)), packing)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_its_values_are_left_as_they_were(self, config, dtype):
+        from peft import get_peft_model
+
+        model = get_peft_model(tiny_model(), config).to(dtype)
+        with torch.no_grad():
+            first = next(value for name, value in model.named_parameters() if "lora_B" in name)
+            first.fill_(-0.0)
+        before = {name: (value.clone(), value._version) for name, value in model.named_parameters()}
+        loss = model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum()
+        verify_packing(model, "prefix")
+        for name, value in model.named_parameters():
+            values, version = before[name]
+            assert value.equal(values) and value.signbit().equal(values.signbit()), name
+            assert value._version == version
+        loss.backward()  # a graph from before is still valid
+
+    def test_an_adapter_upon_a_verified_base(self, config):
+        from peft import get_peft_model
+
+        base = tiny_model()
+        ensure_verified(base, "prefix", "auto")
+        with pytest.raises(UserError):
+            ensure_verified(self.reads_the_row(get_peft_model(base, config)), "prefix", "auto")

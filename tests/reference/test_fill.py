@@ -449,3 +449,57 @@ def test_a_backend_that_is_named_serves_or_is_refused(tmp_path):
     with pytest.raises(UserError, match="flash_attn"):
         precompute(tiny_model(), random_rows(2), tmp_path / "c", attention_backend="flash_attn", progress=False)
     assert len(precompute(tiny_model(), random_rows(2), tmp_path / "c", attention_backend="sdpa", progress=False)) == 4
+
+
+class TestAModelThatChanges:
+    """Its log-probs are not written beside those of what it was."""
+
+    @pytest.mark.parametrize("by", ["data", "optimizer", "dtype", "other adapter", "buffer"])
+    def test_between_the_cache_and_the_passes(self, tmp_path, by):
+        model = tiny_model()
+        if by == "other adapter":
+            peft = pytest.importorskip("peft")
+            config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+            model = peft.get_peft_model(model, config)
+        cache = ReferenceCache(tmp_path / "c", model_fingerprint(model))
+        weight = model.get_input_embeddings().weight
+        if by == "data":
+            weight.data[3] += 1.0
+        elif by == "optimizer":
+            with torch.no_grad():
+                weight[3] += 1.0
+        elif by == "dtype":
+            model.bfloat16()
+        elif by == "buffer":
+            model.model.rotary_emb.inv_freq.mul_(1.5)
+        else:
+            model.add_adapter("second", config)
+            model.set_adapter("second")
+        with pytest.raises(UserError, match=r"the model is not the one that .* is for"):
+            fill_cache(model, random_rows(3), cache, progress=False)
+        assert len(cache) == 0
+
+    def test_in_the_middle(self, tmp_path, monkeypatch):
+        from fastdpo.reference import fill
+
+        monkeypatch.setattr(fill, "PASSES_PER_SHARD", 1)
+        model, scored = tiny_model(), []
+        cache = ReferenceCache(tmp_path / "c", model_fingerprint(model))
+        score = fill.score
+
+        def trains(*args, **kwargs):
+            scored.append(score(*args, **kwargs))
+            if len(scored) == 3:
+                with torch.no_grad():
+                    model.get_input_embeddings().weight[3:] += 1.0
+            return scored[-1]
+
+        monkeypatch.setattr(fill, "score", trains)
+        with pytest.raises(UserError, match="it was changed since the cache was opened"):
+            fill_cache(model, random_rows(12), cache, max_tokens=30, progress=False)
+        monkeypatch.undo()
+        held, right = contents(tmp_path / "c"), tiny_model()
+        precompute(right, random_rows(12), tmp_path / "right", progress=False)
+        everything = contents(tmp_path / "right")
+        assert 0 < len(held) < len(everything)
+        assert_same(held, {key: everything[key] for key in held})

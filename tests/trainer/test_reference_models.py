@@ -360,7 +360,134 @@ def test_references_under_gradient_checkpointing(tmp_path, kind):
     assert_same_run(run_of(tmp_path, model, gradient_checkpointing=True, ref_model=other), plain, frozen)
 
 
+TIED = {
+    "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "embeddings": {"modules_to_save": ["embed_tokens"]},
+    "head": {"modules_to_save": ["lm_head"]},
+    "kept tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("state", ["new", "learnt"])
+@pytest.mark.parametrize("name", TIED)
+def test_embeddings_and_head_that_are_trained_whole(tmp_path, name, state, tied):
+    """Of a PeftModel; the original head of tied weights is no parameter of its own."""
+    base = tiny_model(tie_word_embeddings=tied)
+    model = learnt(base, **TIED[name]) if state == "learnt" else peft.get_peft_model(base, lora(**TIED[name]))
+    plain, frozen = copy.deepcopy(model), copy.deepcopy(model)
+    run = run_of(tmp_path, model)
+    assert run._reference.kind == ("adapters off" if state == "new" else "adapter copy")
+    assert_same_run(run, plain, frozen)
+
+
+def lora_b(model):
+    return [value for name, value in model.named_parameters() if "lora_B" in name]
+
+
+@pytest.mark.parametrize("part", ["trainable_tokens_delta", "lora_magnitude_vector", "modules_to_save"])
+def test_what_else_than_the_second_factors_has_learnt(tmp_path, part):
+    """Its second factors are still zero, and the base is not the policy any more."""
+    options = {
+        "trainable_tokens_delta": {"trainable_token_indices": [5, 6, 7]},
+        "lora_magnitude_vector": {"use_dora": True},
+        "modules_to_save": {"modules_to_save": ["norm"]},
+    }[part]
+    model = learnt(tiny_model(tie_word_embeddings=False), **options)
+    with torch.no_grad():
+        for value in lora_b(model):
+            value.zero_()
+    plain, frozen = copy.deepcopy(model), copy.deepcopy(model)
+    run = run_of(tmp_path, model)
+    assert run._reference.kind == "adapter copy"
+    assert_same_run(run, plain, frozen)
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"trainable_token_indices": [5, 6, 7]}], ids=["dora", "tokens"]
+)
+def test_what_else_has_learnt_nothing(tmp_path, options):
+    model = peft.get_peft_model(tiny_model(tie_word_embeddings=False), lora(**options))
+    plain = copy.deepcopy(model)
+    run = run_of(tmp_path, model)
+    assert run._reference.kind == "adapters off"
+    assert_same_run(run, plain, tiny_model(tie_word_embeddings=False))
+
+
+@HOW
+def test_an_adapter_whose_scaling_was_set_at_run_time(tmp_path, how):
+    model = learnt()
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 3
+    plain, frozen = copy.deepcopy(model), copy.deepcopy(model)
+    assert_same_run(run_of(tmp_path, model, how), plain, frozen)
+
+
+def test_an_adapter_named_like_a_module(tmp_path):
+    model = learnt(name="layers")
+    plain, frozen = copy.deepcopy(model), copy.deepcopy(model)
+    assert_same_run(run_of(tmp_path, model), plain, frozen)
+
+
+@pytest.mark.parametrize("state", ["new", "learnt"])
+@pytest.mark.parametrize("part", ["norm", "embed_tokens"])
+def test_what_is_trained_beside_the_adapters(tmp_path, part, state):
+    """The base without adapters moves then: no reference online, and ahead only as long as it stands still."""
+
+    def made():
+        model = learnt() if state == "learnt" else peft.get_peft_model(tiny_model(), lora())
+        for name, value in model.named_parameters():
+            if f".{part}." in name:
+                value.requires_grad_(True)
+        return model
+
+    with pytest.raises(
+        UserError, match=rf"{part}.weight would be trained beside the adapters.*precompute_ref_log_probs"
+    ):
+        run_of(tmp_path, made())
+    plain, frozen = made(), copy.deepcopy(made())
+    run = run_of(tmp_path, made(), "cache")
+    assert_same_run(run, plain, frozen)
+    with pytest.raises(ValueError, match="cannot be computed any more"):
+        run.evaluate(random_rows(4, seed=9))
+
+
+@pytest.mark.parametrize("how", ["base model", "shallow copy", "same head"])
+def test_a_reference_that_shares_what_is_trained(tmp_path, how):
+    model = tiny_model() if how != "base model" else learnt()
+    if how == "base model":
+        other = model.get_base_model()
+    elif how == "shallow copy":
+        other = copy.copy(model)
+    else:
+        other = tiny_model(seed=4)
+        other.model.layers[0] = model.model.layers[0]
+    with pytest.raises(UserError, match=r"ref_model and the model share .* which is trained"):
+        run_of(tmp_path, model, ref_model=other)
+
+
+def test_a_reference_that_shares_what_stays_frozen(tmp_path):
+    def made():
+        model = tiny_model(tie_word_embeddings=False)
+        model.model.embed_tokens.requires_grad_(False)
+        return model
+
+    model, other = made(), tiny_model(seed=4, tie_word_embeddings=False)
+    other.model.embed_tokens.weight = model.model.embed_tokens.weight
+    frozen = copy.deepcopy(other)
+    assert_same_run(run_of(tmp_path, model, ref_model=other), made(), frozen)
+
+
 # What is refused
+
+
+@pytest.mark.parametrize("given", ["config", "model"])
+def test_adapters_that_look_for_tokens_in_the_row(tmp_path, given):
+    config = lora(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+    model = tiny_model() if given == "config" else peft.get_peft_model(tiny_model(), config)
+    with pytest.raises(UserError, match="the adapter 'default' looks for its invocation tokens in each row"):
+        run_of(tmp_path, model, peft_config=config if given == "config" else None)
 
 
 def test_an_adapter_on_the_head(tmp_path):
