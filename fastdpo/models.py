@@ -103,6 +103,9 @@ def vocabulary_size(model: Any) -> int:
 
 
 def _rows(embeddings: Any) -> int:
+    for wrapped in ("base_layer", "original_module", "token_adapter"):  # an adapter's sizes may be others
+        if isinstance(getattr(embeddings, wrapped, None), torch.nn.Module):
+            return _rows(getattr(embeddings, wrapped))
     for name in ("num_embeddings", "out_features"):  # of quantized weights the shape does not say it
         if isinstance(rows := getattr(embeddings, name, None), int):
             return rows
