@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from fastdpo.attention import packed_forward
 from fastdpo.functional import linear_loss, linear_token_logps
 from fastdpo.groups import length_desensitized
+from fastdpo.ops import sum_by_id
 from fastdpo.packing import PreferenceBatch
 from fastdpo.types import LossOutput, UserError
 
@@ -288,7 +289,7 @@ def _sequence_logps(inner: Any, batch: PreferenceBatch, *, attention_backend: st
     logps = target_logps(inner, batch, attention_backend=attention_backend)
     if ld_alpha is not None:
         return length_desensitized(logps, batch.sequence_ids, batch.num_sequences, ld_alpha)
-    return logps.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, logps)
+    return sum_by_id(logps, batch.sequence_ids, batch.num_sequences).to(logps.dtype)
 
 
 def forward_loss(model: Any, batch: PreferenceBatch, ref_logps: Tensor | None, **options: Any) -> LossOutput:

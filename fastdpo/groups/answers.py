@@ -18,7 +18,7 @@ class Answers(Groups):
 
     def __init__(self, losses: WeightedLosses, inputs: GroupInputs, lengths: Tensor | None, like: Tensor) -> None:
         """`like` and the references are those of the answers alone; `kl` is known where the loss needs it."""
-        self.losses, self.count = losses, like.shape[0]
+        self.losses, self.count, self.dtype = losses, like.shape[0], like.dtype
         self.weights = check_vector("pair_weights", inputs.pair_weights, self.count, like, "answers")
         self.refs = reference(inputs.ref_logps, losses, like)
         self.desirable = check_desirable(inputs.desirable, self.count, like)
@@ -49,11 +49,11 @@ class Answers(Groups):
         )
 
     def __call__(self, first: int, end: int, sums: Tensor, sums_p2: Tensor | None = None) -> Tensor:
-        return self.weighted(self.losses(self._terms(first, end, self.bounded(sums))), first, end)
+        return self.weighted(self.losses(self._terms(first, end, self.bounded(sums.to(self.dtype)))), first, end)
 
     def output(self, losses: Tensor, loss: Tensor, sums: Tensor, tokens: TokenMetrics | None) -> LossOutput:
         """Chosen are the desirable answers, rejected the others; each NaN where the answer is of the other kind."""
-        logps = sums.detach()
+        logps = sums.detach().to(self.dtype)
         rewards = self.losses.beta * (logps - self.refs)
 
         def split(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,12 +33,14 @@ class GroupInputs:
 
 
 class Groups:
-    """S sequences in B groups. Tensors are on the device of the log-probs and in their dtype.
+    """S sequences in B groups. Tensors are on the device of the log-probs and in their dtype; slots' sums may come in
+    float64, and are rounded where a sequence has its one.
 
     losses     what is to be computed
     what       the groups, in messages
     count      B
     weights    (B,) or None
+    dtype      of the sums' losses and metrics
     grad_dtype  of what the gradient of the sums reaches
     num_slots  of all groups
     """
@@ -47,6 +49,7 @@ class Groups:
     what: str
     count: int
     weights: Tensor | None
+    dtype: torch.dtype
     grad_dtype: torch.dtype
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdpo.groups.base import GroupInputs, RefLogps
 from fastdpo.losses import WeightedLosses
+from fastdpo.ops.library import is_batched
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -37,7 +38,7 @@ def check_inputs(losses: WeightedLosses, inputs: GroupInputs) -> None:
         if getattr(inputs, name) is not None and not has_meaning:
             raise ValueError(f"{name} has no meaning for loss_type {losses.names}; leave it out.")
     mean = inputs.mean_chosen_length
-    if mean is not None and not isinstance(mean, Tensor) and not (math.isfinite(mean) and mean >= 0):
+    if mean is not None and not isinstance(mean, Tensor) and not 0 <= mean < math.inf:
         raise ValueError(f"mean_chosen_length is {mean}; it must be a number of tokens, from 0.")
     if inputs.ref_logps is not None and losses.data == "scores":
         raise ValueError(f"ref_logps has no meaning for loss_type {losses.names}, which compares scores; leave it out.")
@@ -94,7 +95,7 @@ def reference(ref_logps: RefLogps, losses: WeightedLosses, like: Tensor) -> Tens
 
 def known_on_host(tensor: Tensor) -> bool:
     """Whether its values can be looked at without waiting for a device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(tensor)
 
 
 _looked_at = ContextVar("looked_at", default=False)

@@ -22,7 +22,7 @@ class Lists(Groups):
 
     def __init__(self, losses: WeightedLosses, inputs: GroupInputs, lengths: Tensor | None, like: Tensor) -> None:
         """`lengths` (S,) or None; `like`: an (S,) tensor of the log-probs' dtype and device."""
-        self.losses = losses
+        self.losses, self.dtype = losses, like.dtype
         self.sizes = list_sizes(inputs.list_sizes, like.shape[0])
         self.count, self.starts = len(self.sizes), [0, *accumulate(self.sizes)]
         self.weights = check_vector("pair_weights", inputs.pair_weights, self.count, like, "lists")
@@ -55,11 +55,11 @@ class Lists(Groups):
         return ListTerms(self._padded(first, end, sums), self.refs[part], self.valid[part], lengths, self.divergence)
 
     def __call__(self, first: int, end: int, sums: Tensor, sums_p2: Tensor | None = None) -> Tensor:
-        return self.weighted(self.losses(self._terms(first, end, self.bounded(sums))), first, end)
+        return self.weighted(self.losses(self._terms(first, end, self.bounded(sums.to(self.dtype)))), first, end)
 
     def output(self, losses: Tensor, loss: Tensor, sums: Tensor, tokens: TokenMetrics | None) -> LossOutput:
         """Chosen is the best of each list, rejected the mean over the others."""
-        terms = self._terms(0, self.count, sums.detach())
+        terms = self._terms(0, self.count, sums.detach().to(self.dtype))
         rewards = torch.where(terms.valid, self.losses.beta * terms.scores, 0.0)
         others = terms.valid.sum(1) - 1
         better = torch.ones(rewards.shape[1], rewards.shape[1], dtype=torch.bool, device=sums.device).triu(1)

@@ -9,6 +9,7 @@ from fastdpo.groups.base import GroupInputs, Groups
 from fastdpo.groups.checks import check_vector, reference
 from fastdpo.losses import PairTerms, WeightedLosses
 from fastdpo.losses.terms import mean_length, nonzero
+from fastdpo.ops import sum_by_id
 from fastdpo.types import LossOutput, TokenMetrics
 
 
@@ -19,7 +20,7 @@ class Pairs(Groups):
 
     def __init__(self, losses: WeightedLosses, inputs: GroupInputs, lengths: Tensor | None, like: Tensor) -> None:
         """`lengths` (2B,) or None; `like`: a (2B,) tensor of the log-probs' dtype and device."""
-        self.losses, self.count = losses, like.shape[0] // 2
+        self.losses, self.count, self.dtype = losses, like.shape[0] // 2, like.dtype
         self.weights = check_vector("pair_weights", inputs.pair_weights, self.count, like, "pairs")
         self.margins = check_vector("margins", inputs.margins, self.count, like, "pairs")
         self.refs = reference(inputs.ref_logps, losses, like).view(2, -1)
@@ -58,19 +59,22 @@ class Pairs(Groups):
     def __call__(self, first: int, end: int, sums: Tensor, sums_p2: Tensor | None = None) -> Tensor:
         parts = self.bounded(sums).view(-1, 2, self._slots)
         pair_terms = self._terms(first, end, *self._logps(parts))
-        plain = None if self.losses.ld_alpha is None else self._terms(first, end, *parts.sum(2).unbind(1))
+        plain = (
+            None if self.losses.ld_alpha is None else self._terms(first, end, *parts.sum(2).to(self.dtype).unbind(1))
+        )
         policy_weights = None
         if self.losses.use_weighting:
             assert sums_p2 is not None and self.lengths is not None  # there wherever there are tokens
             lengths = self.lengths.view(2, -1)[:, first:end].clamp(min=1)
             aligned = (parts.detach() - sums_p2.view_as(parts)).sum(2) / lengths.T  # (pairs, 2)
-            policy_weights = aligned.sum(1).exp()
+            policy_weights = aligned.sum(1).exp().to(self.dtype)
         return self.weighted(self.losses(pair_terms, plain, policy_weights), first, end)
 
     def _logps(self, parts: Tensor) -> tuple[Tensor, Tensor]:
         """(pairs, 2, slots) -> chosen, rejected."""
         alpha = self.losses.ld_alpha
-        chosen, rejected = (parts[..., 0] if alpha is None else parts[..., 0] + alpha * parts[..., 1]).unbind(1)
+        sums = parts[..., 0] if alpha is None else parts[..., 0] + alpha * parts[..., 1]
+        chosen, rejected = sums.to(self.dtype).unbind(1)
         return chosen, rejected
 
     def _terms(self, first: int, end: int, chosen: Tensor, rejected: Tensor) -> PairTerms:
@@ -130,5 +134,5 @@ def length_desensitized(logps: Tensor, sequence_ids: Tensor, num_sequences: int,
     lengths = torch.zeros(num_sequences, dtype=torch.long, device=logps.device)
     lengths.index_add_(0, sequence_ids, torch.ones_like(sequence_ids))
     tail = beyond_shorter(sequence_ids, counted, lengths)
-    parts = logps.new_zeros(2 * num_sequences).index_add(0, 2 * sequence_ids + tail, logps).view(-1, 2)
-    return parts[:, 0] + alpha * parts[:, 1]
+    parts = sum_by_id(logps, 2 * sequence_ids + tail, 2 * num_sequences).view(-1, 2)
+    return (parts[:, 0] + alpha * parts[:, 1]).to(logps.dtype)

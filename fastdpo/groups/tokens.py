@@ -12,6 +12,7 @@ from fastdpo.groups.answers import mismatched_kl
 from fastdpo.groups.base import GroupInputs, Groups
 from fastdpo.groups.checks import known_on_host
 from fastdpo.losses import WeightedLosses
+from fastdpo.ops import sum_by_id
 from fastdpo.types import LossOutput, TokenMetrics, TokenStats
 
 
@@ -126,9 +127,8 @@ def with_kl(
             raise ValueError(
                 f"ref_logps has no values of the answers to other prompts; it must be ({2 * own},), theirs last."
             )
-        logps = mismatched_logps.detach()
-        sums = logps.new_zeros(own).index_add_(0, sequence_ids - own, logps)
-        kl = mismatched_kl(sums, ref_mismatched)
+        sums = sum_by_id(mismatched_logps.detach(), sequence_ids - own, own)
+        kl = mismatched_kl(sums, ref_mismatched).to(mismatched_logps.dtype)
         kl = kl if over_processes is None else over_processes(kl)
     return replace(inputs, ref_logps=refs, kl=kl)
 
@@ -172,11 +172,11 @@ def loss_of_tokens(
 ) -> LossOutput:  # fmt: skip
     """The loss of tokens' log-probs (N,)."""
     slot_ids = groups.slot_ids(sequence_ids, labels != ignore_index)
-    sums = logps.new_zeros(groups.num_slots).index_add(0, slot_ids, logps)
+    sums = sum_by_id(logps, slot_ids, groups.num_slots)
     sums_p2 = None
     if groups.losses.use_weighting:
         assert stats is not None
-        sums_p2 = sums.new_zeros(groups.num_slots).index_add_(0, slot_ids, stats.log_sum_p2)
+        sums_p2 = sum_by_id(stats.log_sum_p2, slot_ids, groups.num_slots)
     tokens = mean_stats(stats, labels, sequence_ids, groups, ignore_index) if token_metrics else None
     return loss_of_sums(groups, sums, reduction, sums_p2, tokens)
 

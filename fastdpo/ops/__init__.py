@@ -3,6 +3,7 @@
 from fastdpo.ops.gather_kv import gather_kv
 from fastdpo.ops.linear_logps import linear_token_logps, linear_token_logps_with_stats
 from fastdpo.ops.linear_loss import fused_group_loss, is_fused
+from fastdpo.ops.sum_by_id import sum_by_id
 from fastdpo.ops.token_logps import token_logps, token_logps_with_stats
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "is_fused",
     "linear_token_logps",
     "linear_token_logps_with_stats",
+    "sum_by_id",
     "token_logps",
     "token_logps_with_stats",
 ]

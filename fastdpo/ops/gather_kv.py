@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdpo.ops.dispatch import check_device, check_float, check_impl, check_integers, gather_kernels
-from fastdpo.ops.library import define
+from fastdpo.ops.library import define, first_derivative_only, refuse_transforms
 
 
 def gather_kv(
@@ -43,6 +42,7 @@ def gather_kv(
     """
     _check(key, value, index, copies, offsets)
     check_impl(impl)
+    refuse_transforms("gather_kv", key, value)
     gathered_key, gathered_value = _forward_op(key, value, index.long(), copies.long(), offsets.long(), impl)
     return gathered_key, gathered_value
 
@@ -105,7 +105,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(copies, offsets)
 
 
-@once_differentiable
+@first_derivative_only("gather_kv")
 def _autograd(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
     grads = _backward_op(grad_key, grad_value, *ctx.saved_tensors, ctx.impl)
     return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 4

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdpo.ops.budget import plan, resolve_budget
 from fastdpo.ops.dispatch import LogitOptions, check_impl, check_linear, compute_dtype, row_kernels
-from fastdpo.ops.library import define, see_products
+from fastdpo.ops.library import define, first_derivative_only, refuse_transforms, requires_grad, see_products
 from fastdpo.types import IGNORE_INDEX, TokenStats, accumulation_dtype
 from fastdpo_kernels import linear_logprobs as kernel
 
@@ -81,6 +80,7 @@ def linear_token_logps_with_stats(
     """As `linear_token_logps`; with `stats`, also the token statistics of the same pass (zero where ignored)."""
     check_linear(hidden, weight, labels, bias)
     check_impl(impl)
+    refuse_transforms("linear_token_logps", hidden, weight, bias)
     # A cast outside the operator: autograd brings the gradient back to the dtype of the tensor.
     hidden = hidden.to(compute_dtype(hidden, head_dtype))
     budget = resolve_budget(memory_budget, hidden.device)
@@ -106,7 +106,7 @@ def linear_token_logps_with_stats(
 def needed_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
     if not torch.is_grad_enabled():
         return False, False, False
-    return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+    return requires_grad(hidden), requires_grad(weight), bias is not None and requires_grad(bias)
 
 
 def make_head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, options: LogitOptions, kernels: Any) -> Any:
@@ -210,14 +210,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.save_for_backward(hidden, weight, bias, labels, norms, saved)
 
 
-@once_differentiable
 def _autograd(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_logps is None:
         return (None,) * 15
-    if ctx.frozen_head:
-        u, norms = ctx.saved_tensors
-        # Rounded once, and without a float32 copy of u.
-        return torch.mul(u, (grad_logps * norms[0]).unsqueeze(1), out=torch.empty_like(u)), *(None,) * 14
+    return (_frozen_backward if ctx.frozen_head else _trainable_backward)(ctx, grad_logps)
+
+
+@first_derivative_only("linear_token_logps", connected=False)
+def _frozen_backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+    u, norms = ctx.saved_tensors
+    # Rounded once, and without a float32 copy of u.
+    return torch.mul(u, (grad_logps * norms[0]).unsqueeze(1), out=torch.empty_like(u)), *(None,) * 14
+
+
+@first_derivative_only("linear_token_logps")
+def _trainable_backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
     grads = _backward_op(grad_logps, *ctx.saved_tensors, *ctx.options, *ctx.needs, ctx.tile, ctx.impl)
     return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), *(None,) * 12
 

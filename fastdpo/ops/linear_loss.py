@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdpo.ops.budget import rows_within
 from fastdpo.ops.dispatch import LogitOptions, row_kernels
+from fastdpo.ops.library import first_derivative_only, in_transform, refuse_transforms
 from fastdpo.ops.linear_logps import make_head, needed_gradients
+from fastdpo.ops.sum_by_id import sum_by_id
 from fastdpo.types import TokenStats
 from fastdpo_kernels import linear_logprobs as kernel
 
@@ -30,10 +31,11 @@ GroupLoss = Callable[[int, int, Tensor, Tensor | None], Tensor]
 def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, memory_budget: int) -> bool:
     """Whether forming the gradient in the forward saves something over `linear_token_logps`.
 
-    It does for a trainable head whose logits do not all fit. torch.compile cannot trace a gradient inside a forward.
+    It does for a trainable head whose logits do not all fit. Neither torch.compile nor torch.func.vmap can follow a
+    gradient inside a forward.
     """
     _, needs_weight, needs_bias = needed_gradients(hidden, weight, bias)
-    if torch.compiler.is_compiling() or not (needs_weight or needs_bias):
+    if torch.compiler.is_compiling() or in_transform() or not (needs_weight or needs_bias):
         return False
     return hidden.shape[0] > rows_within(memory_budget, weight.shape[0], dtype)
 
@@ -65,8 +67,10 @@ def fused_group_loss(
         sum_p2: whether it is to have the sums of log sum_v p_v^2; needs `stats`.
 
     Returns:
-        loss (scalar, differentiable in hidden, weight, bias), losses (groups,), sums (slots,), statistics or None.
+        loss (scalar, differentiable in hidden, weight, bias), losses (groups,), sums (slots,) float64, statistics or
+        None.
     """
+    refuse_transforms("linear_loss", hidden, weight, bias)
     loss, losses, sums, all_stats = FusedGroupLossFunction.apply(
         hidden, weight, bias, labels.long(), slot_ids, tuple(rows_per_group), tuple(slots_per_group), group_loss,
         options, stats, sum_p2, memory_budget, row_kernels(impl, hidden),
@@ -109,8 +113,7 @@ class FusedGroupLossFunction(torch.autograd.Function):
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
         results = kernel.RowResults(hidden, stats)
         losses = results.logps.new_empty(len(rows_per_group))
-        sums = results.logps.new_zeros(slot_starts[-1])
-        sums_p2 = torch.zeros_like(sums) if sum_p2 else None
+        sums = results.logps.new_empty(slot_starts[-1], dtype=torch.float64)
         token_grads = torch.empty_like(results.logps)  # (N,) dL/dlogp
         buffer = head.buffer(min(tile, max((rows.stop - rows.start for _, _, rows in chunks), default=0)))
         for first, end, rows in chunks:
@@ -121,10 +124,10 @@ class FusedGroupLossFunction(torch.autograd.Function):
             else:
                 kernel.fwd(hidden, labels, head, results, buffer, start=rows.start, end=rows.stop)
             slots, ids = slice(slot_starts[first], slot_starts[end]), slot_ids[rows] - slot_starts[first]
-            sums[slots].index_add_(0, ids, results.logps[rows])
+            sums[slots] = sum_by_id(results.logps[rows], ids, slots.stop - slots.start)
             part_p2 = None
-            if sums_p2 is not None:
-                part_p2 = sums_p2[slots].index_add_(0, ids, results.stats[3, rows])
+            if sum_p2:
+                part_p2 = sum_by_id(results.stats[3, rows], ids, slots.stop - slots.start)
             losses[first:end], grad_sums = _group_gradient(group_loss, first, end, sums[slots], part_p2)
             token_grads[rows] = grad_sums[ids]
             if n <= tile:
@@ -139,7 +142,7 @@ class FusedGroupLossFunction(torch.autograd.Function):
         return losses.sum(), losses, sums, results.stats
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("linear_loss", connected=False)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # In place where the dtype is already that of the tensor: a second copy of a head's gradient can be gigabytes.
         # Autograd sees the change, so a second backward through the same graph raises instead of scaling twice.

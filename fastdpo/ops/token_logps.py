@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdpo.ops.dispatch import LogitOptions, check_float, check_impl, check_labels, row_kernels
-from fastdpo.ops.library import define, see_products
+from fastdpo.ops.library import define, first_derivative_only, refuse_transforms, see_products
 from fastdpo.types import IGNORE_INDEX, TokenStats, accumulation_dtype
 
 
@@ -70,6 +69,7 @@ def token_logps_with_stats(
     if logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; the vocabulary (last dimension) must not be empty.")
     check_impl(impl)
+    refuse_transforms("token_logps", logits)
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
     see_products()
@@ -177,7 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(logits, labels, norms)
 
 
-@once_differentiable
+@first_derivative_only("token_logps")
 def _autograd(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_logps is None:
         return (None,) * 9

@@ -252,6 +252,8 @@ def _token_logprobs_bwd_kernel(
         tl.store(body_out + columns, dx.to(out.dtype.element_ty), mask=inside)
     if HAS_EDGES:
         columns, inside = edges(out, lead, body, V)
+        # Every warp loads these few columns, and one stores them, which may be over the logits. What a late warp reads
+        # goes nowhere: no value passes from a thread to another here. With a reduction it would take a barrier.
         x = tl.load(logits + columns, mask=inside, other=0.0)
         dx = _gradient(x, columns == label, m, grad, share, inner, outer, HAS_SOFTCAP)
         tl.store(out + columns, dx.to(out.dtype.element_ty), mask=inside)

@@ -164,6 +164,9 @@ def _token_logprobs_fwd_grad_kernel(
     if HAS_EDGES:
         columns, inside = edges(logits, lead, body, V)
         x = tl.load(logits + columns, mask=inside, other=0.0)
+        # Every warp holds all of these few columns, and one of them stores them. Without a barrier a late warp would
+        # read what was stored, and could take the branch of the rescaling alone, whose barrier is for all.
+        tl.debug_barrier()
         z = transform(x.to(tl.float32), inner, outer, HAS_SOFTCAP)
         e, m, anchor, total, total_z, total_ed, total_ee = _fold_anchored(
             z, inside, body, body_x, m, anchor, total, total_z, total_ed, total_ee, HAS_STATS, BLOCK_V

@@ -21,7 +21,10 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
+from ptx import races
+
 from fastdpo_kernels import gather_kv, token_logprobs, token_logprobs_grad
 
 # (V, row stride, elements before the first row) of logits without edges, and with edges: rows that begin or end inside
@@ -199,4 +202,6 @@ if __name__ == "__main__":
         for what, kernel in itertools.chain(variants(arguments.whole), gather_variants(arguments.whole)):
             asm = kernel.asm
             made = cuda_resources(asm["cubin"]) if "cubin" in asm else hip_resources(asm["amdgcn"])
+            if "ptx" in asm:
+                made["races"] = races(asm["ptx"])
             print(json.dumps({"gpu": gpu, **what, **made}), flush=True)

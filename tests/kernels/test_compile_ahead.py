@@ -1,4 +1,6 @@
-"""The kernels compile for NVIDIA and AMD GPUs without spilling registers, and move 128 bits at a time for any V."""
+"""The kernels compile for NVIDIA and AMD GPUs without spilling registers, move 128 bits at a time for any V, and leave
+no two threads to race for an address.
+"""
 
 import json
 
@@ -38,7 +40,7 @@ def split_by_width(counts: dict[str, int]) -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", TARGETS)
-def test_no_spills_and_wide_access(gpu, tmp_path):
+def test_no_spills_no_races_and_wide_access(gpu, tmp_path):
     env = environment(TRITON_INTERPRET=None, TRITON_CACHE_DIR=tmp_path)
     whole, count = TARGETS[gpu]
     done = run("tests/kernels/compile_ahead.py", gpu, "--whole", *whole, env=env)
@@ -48,6 +50,7 @@ def test_no_spills_and_wide_access(gpu, tmp_path):
     for row in rows:
         print("{gpu} {kernel} {variant}: {registers} registers, {loads}, {stores}".format(**row))
         assert row["spills"] == 0, row
+        assert row.get("races", []) == [], row  # see tests/ptx.py; of PTX, so on NVIDIA's targets
         assert row["kernels"] == 1, row  # whatever V, row stride, ignore_index, alignment of the labels; T, K, layout
 
         size = 2 if "bfloat16" in row["variant"] else 4
