@@ -199,6 +199,9 @@ def test_older_names_of_options(tmp_path):
         config = made(str(tmp_path), {"beta": 0.3}, line.split())
     wanted = {"warmup_steps": 0.1, "train_sampling_strategy": "group_by_length", "weight_decay": 0.1, "beta": 0.3}
     assert {name: getattr(config, name) for name in wanted} == wanted
-    for words, told in (("--save_safetensors false", "save_safetensors=False"), ("--weight_decay 0.1 0.2", "does not know 0.2")):
+    for words, told in (
+        ("--save_safetensors false", "save_safetensors=False"),
+        ("--weight_decay 0.1 0.2", "does not know 0.2"),
+    ):
         with pytest.raises(UserError, match=told):
             made(str(tmp_path), {}, words.split())

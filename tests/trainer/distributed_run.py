@@ -17,19 +17,18 @@ folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 if options.pop("own_disk", False):  # as on machines that share none
     options["ref_logps"] = str(folder / f"cache-{os.environ.get('RANK', 0)}")
 rows = random_rows(32, prompt=(2, 30))
+dtype = getattr(torch, options.pop("dtype", "float32"))
 trainer = DPOTrainer(
-    tiny_model(),
+    tiny_model(dtype=dtype),
     args=DPOConfig(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", 1)),
-        max_steps=4,
-        learning_rate=1e-3,
         use_cpu=True,
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
         logging_steps=1,
-        **options,
+        **{"max_steps": 4, "learning_rate": 1e-3, **options},
     ),
     train_dataset=rows,
     processing_class=word_tokenizer(),
@@ -47,6 +46,15 @@ trainer.train()
 weight = trainer.model.get_input_embeddings().weight
 sharded = {"fsdp2": isinstance(weight, DTensor), "zero3": hasattr(weight, "ds_id")}
 system = next((name for name, found in sharded.items() if found), type(trainer.model_wrapped).__name__)
+if options.get("master_weights"):
+    start = dict(tiny_model(dtype=dtype).named_parameters())
+    held = {name: trainer.optimizer.state[value]["master_weight"] for name, value in trainer.model.named_parameters()}
+    held = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in held.items()}
+    moved = {name: float((value != start[name].float()).double().mean()) for name, value in held.items()}
+    (folder / f"moved-{trainer.args.process_index}.json").write_text(json.dumps(moved))
+    (folder / f"dtypes-{trainer.args.process_index}.json").write_text(
+        json.dumps(sorted({str(value.dtype) for value in (*held.values(), *trainer.model.parameters())}))
+    )
 (folder / "system.json").write_text(json.dumps(system))
 (folder / f"passes-{trainer.args.process_index}.json").write_text(json.dumps(len(passes)))
 if trainer.is_world_process_zero():

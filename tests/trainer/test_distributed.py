@@ -85,3 +85,22 @@ def test_sharded_in_bfloat16(tmp_path):
         assert error <= 4 * allowed + little, (name, columns)
     losses = [loss for loss, *_ in sharded]
     assert any(torch.tensor(loss).bfloat16().item() != loss for loss in losses)  # float32, not what bfloat16 leaves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["DistributedDataParallel", "fsdp2"])
+def test_master_weights_of_two_processes(tmp_path, system):
+    """Weights in bfloat16 at a learning rate that they alone would not feel; whole, or sharded over the two."""
+    options = {"dtype": "bfloat16", "master_weights": True, "learning_rate": 1e-6, "bf16": False}
+    one, _ = curve(tmp_path / "one", 1, **options)
+    two, _ = curve(tmp_path / "two", 2, **options, **SYSTEMS[system])
+    assert json.loads((tmp_path / "two" / "system.json").read_text()) == system
+    for folder, ranks in (("one", 1), ("two", 2)):
+        for rank in range(ranks):
+            assert json.loads((tmp_path / folder / f"dtypes-{rank}.json").read_text()) == [
+                "torch.bfloat16", "torch.float32",
+            ]  # fmt: skip
+            moved = json.loads((tmp_path / folder / f"moved-{rank}.json").read_text())
+            assert min(moved.values()) > 0.5 and sum(moved.values()) > 0.9 * len(moved), moved
+    for a, b in zip(one, two, strict=True):
+        assert b[0] == pytest.approx(a[0], abs=2e-2)
