@@ -249,8 +249,7 @@ class PreferenceTrainer(ReferencedTrainer):
         if self._lent_model is None or self._lent_model.model is not self.model:
             inner, reference = self._inner(self.model), self._reference.model
             packed = [] if self.packing == "padded" else [inner, *([] if reference is None else [causal_lm(reference)])]
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            self._lent_model = LentModel(self.model, inner, self._extend, self._noise, packed, sharded=sharded)
+            self._lent_model = LentModel(self.model, inner, self._extend, self._noise, packed, sharded=self._is_sharded)
         with self._lent_model.lent():
             yield
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from fastdpo.data.validate import REFERENCES
 from fastdpo.losses import WeightedLosses
@@ -102,8 +103,7 @@ class ReferencedTrainer(SurvivingTrainer):
         """
         assert self._ref_cache is not None
         began = bool(self.state.global_step) if hasattr(self, "state") else False
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        lost = began and sharded and self._reference.kind != "explicit"
+        lost = began and self._is_sharded and self._reference.kind != "explicit"
         if not lost and (began or not self._reference.lasts):
             with self._reference.running():
                 lost = model_fingerprint(self._reference.runs, self._autocast_dtype) != self._ref_cache.fingerprint
@@ -113,6 +113,11 @@ class ReferencedTrainer(SurvivingTrainer):
                 "and no ref_model, it was the policy before training; pass the set to the constructor as eval_dataset, "
                 "or fill its cache by fastdpo.precompute with the model that training began with."
             )
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether no process has the weights whole."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or isinstance(self.model, FSDPModule))
 
     def _named_datasets(self) -> list[tuple[str, Any]]:
         evals = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
