@@ -95,7 +95,8 @@ class SurvivingTrainer(Trainer):
         self._last_logged, self._skipped = self.state.global_step, 0
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self._step_flops = self._flops_of(self._inner(self.model))  # weights may have been frozen since
+        if self.model_init is None:  # else the model is made later
+            self._step_flops = self._flops_of(self._inner(self.model))  # weights may have been frozen since
         self._throughput.restart()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(Path(self.args.output_dir)) or True
