@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,11 @@ from fastdpo.losses.terms import Terms
 
 
 def _is_number(value: Any) -> bool:
+    """A finite number, in a form that torch.compile can follow for a number that changes from call to call."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
-        return False
+    largest: Any = sys.float_info.max
+    return bool(-largest <= value <= largest)
 
 
 def _at_least_0(value: Any) -> bool:

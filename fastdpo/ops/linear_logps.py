@@ -166,12 +166,15 @@ def _backward(
     count = kernel.tile_count(n, kept, tile)
     grads = kernel.HeadGrads(head, weight=needs_weight, bias=needs_bias, tiles=count)
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
-    grad_logps = grad_logps.to(norms.dtype)
+    grad_logps, lift = grad_logps.to(norms.dtype), None
     if kept:
         scaled = grad_logps[:kept] * norms[0, :kept]
         kernel.tile_bwd(slice(0, kept), p, hidden, scaled, head, grads, dhidden)
+    if hidden.dtype == torch.float16:  # as large as a loss scale makes them, where it does
+        lift = (kernel.exponents(grad_logps.abs()) - 1).clamp(0, 12).exp2()
+        grad_logps = grad_logps / lift
     buffer = head.buffer(min(tile, n - kept))
-    kernel.bwd(hidden, labels, norms, grad_logps, head, grads, dhidden, buffer, start=kept)
+    kernel.bwd(hidden, labels, norms, grad_logps, head, grads, dhidden, buffer, lift=lift, start=kept)
     return (
         hidden.new_empty(0) if dhidden is None else dhidden,
         weight.new_empty(0) if grads.weight is None else grads.weight.to(weight.dtype),

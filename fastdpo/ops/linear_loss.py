@@ -22,6 +22,7 @@ from fastdpo.ops.linear_logps import make_head, needed_gradients
 from fastdpo.ops.sum_by_id import sum_by_id
 from fastdpo.types import TokenStats
 from fastdpo_kernels import linear_logprobs as kernel
+from fastdpo_kernels.eager import lifted
 
 # (first group, end group, the slots' sums of log-probs, requiring grad; the same of log sum_v p_v^2, where asked for)
 # -> losses (groups,)
@@ -95,7 +96,11 @@ def chunk_rows(rows_per_group: Sequence[int], tile: int) -> list[tuple[int, int,
 
 
 class FusedGroupLossFunction(torch.autograd.Function):
-    """For a trainable head; the gradients of all tensors are formed in the forward, and scaled in the backward."""
+    """For a trainable head; the gradients of all tensors are formed in the forward, and scaled in the backward.
+
+    A loss scale, which keeps small gradients within float16, comes with the backward. Until then the gradient of the
+    hidden states is kept apart from that of the tokens, and the head's is summed as `HeadGrads` does it.
+    """
 
     @staticmethod
     def forward(
@@ -109,8 +114,8 @@ class FusedGroupLossFunction(torch.autograd.Function):
         # A group larger than the tile stands alone: log-probs first, and its tiles again for the gradient.
         count = sum(kernel.tile_count(rows.stop - rows.start, 0, tile) for _, _, rows in chunks)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grads = kernel.HeadGrads(head, weight=needs_weight, bias=needs_bias, tiles=count)
-        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+        grads = kernel.HeadGrads(head, weight=needs_weight, bias=needs_bias, tiles=count, before_scale=True)
+        u = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None  # dlogp/dhidden
         results = kernel.RowResults(hidden, stats)
         losses = results.logps.new_empty(len(rows_per_group))
         sums = results.logps.new_empty(slot_starts[-1], dtype=torch.float64)
@@ -130,14 +135,21 @@ class FusedGroupLossFunction(torch.autograd.Function):
                 part_p2 = sum_by_id(results.stats[3, rows], ids, slots.stop - slots.start)
             losses[first:end], grad_sums = _group_gradient(group_loss, first, end, sums[slots], part_p2)
             token_grads[rows] = grad_sums[ids]
+            lift = None
             if n <= tile:
                 token_grads[rows] *= results.scale[rows]
-                kernel.tile_bwd(rows, p, hidden, token_grads, head, grads, dhidden)
+            elif hidden.dtype == torch.float16:
+                lift = lifted(results.logps)
+                token_grads[rows] /= lift[rows]
+            grads.make_room(token_grads[rows])
+            if n <= tile:
+                kernel.tile_bwd(rows, p, hidden, token_grads, head, grads, u, scaled=False)
             else:
-                kernel.bwd(hidden, labels, results.norms, token_grads, head, grads, dhidden, buffer, start=rows.start,
-                           end=rows.stop)  # fmt: skip
-        ctx.save_for_backward(dhidden, grads.weight, grads.bias)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+                kernel.bwd(hidden, labels, results.norms, token_grads, head, grads, u, buffer, lift=lift,
+                           start=rows.start, end=rows.stop, scaled=False)  # fmt: skip
+        ctx.save_for_backward(u, grads.weight, grads.bias)
+        ctx.token_grads, ctx.lacking = token_grads, grads.lacking()
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(losses, sums, results.stats)
         return losses.sum(), losses, sums, results.stats
 
@@ -146,8 +158,10 @@ class FusedGroupLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # In place where the dtype is already that of the tensor: a second copy of a head's gradient can be gigabytes.
         # Autograd sees the change, so a second backward through the same graph raises instead of scaling twice.
-        scaled = []
-        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+        u, *head_grads = ctx.saved_tensors
+        scaled = [None if u is None else u.mul_((ctx.token_grads * grad_loss).unsqueeze(1))]
+        grad_loss = grad_loss * ctx.lacking
+        for grad, dtype in zip(head_grads, ctx.dtypes, strict=True):
             if grad is None or grad.dtype == dtype:
                 scaled.append(None if grad is None else grad.mul_(grad_loss))
             else:  # scaled and cast in one pass

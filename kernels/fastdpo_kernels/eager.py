@@ -171,7 +171,8 @@ def token_logprobs_fwd_grad(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """logps (N,), scale (N,) and stats of `token_logprobs_fwd`; logits become q, of dlogp/dlogits = scale[:, None] * q.
 
-    One exponential an element. The scale is None, for ones: here q has its factor.
+    One exponential an element. The scale is None, for ones: here q has its factor. But for float16, whose range is too
+    small for the rows of tokens that are almost certain: these are lifted by a power of two (`lifted`).
 
     logits (N, V) as in `token_logprobs_fwd`, overwritten: zeros where ignored, NaN where the label is outside [0, V).
     """
@@ -186,6 +187,7 @@ def token_logprobs_fwd_grad(
     buffer = None if logits.dtype == dtype else _new_buffer(logits)
     logps = torch.zeros(n, dtype=dtype, device=logits.device)
     statistics = logps.new_zeros(4, n) if stats else None
+    scale = torch.ones_like(logps) if logits.dtype == torch.float16 else None
 
     done = 0  # rows before this one are written
     for rows, all_kept in _chunks(kept, step):
@@ -199,9 +201,13 @@ def token_logprobs_fwd_grad(
         logps[rows] = chunk.logp.where(kept[rows], 0.0)
         if statistics is not None and chunk.stats is not None:
             statistics[:, rows] = chunk.stats.where(kept[rows], 0.0)
-        slope = outer if softcap is None else 1.0
+        slope = torch.full_like(chunk.total, outer if softcap is None else 1.0)  # (C, 1)
+        if scale is not None:
+            lift = lifted(logps[rows])
+            scale[rows] = 1.0 / lift
+            slope *= lift.unsqueeze(1)
         dx = chunk.e.mul_((-slope / chunk.total).masked_fill_(~in_range[rows], torch.nan))
-        dx[torch.arange(len(dx), device=dx.device), targets[rows].squeeze(1)] += slope
+        dx[torch.arange(len(dx), device=dx.device), targets[rows].squeeze(1)] += slope.squeeze(1)
         if chunk.slope is not None:
             dx.mul_(chunk.slope)
         if not all_kept:
@@ -209,7 +215,13 @@ def token_logprobs_fwd_grad(
         if dx is not target:
             target.copy_(dx)
     logits[done:] = 0.0
-    return logps, None, statistics
+    return logps, scale, statistics
+
+
+def lifted(logps: Tensor) -> Tensor:
+    """Powers of two that bring the largest entry of onehot - softmax(z), which is 1 - exp(logp), near to 1."""
+    # Beyond 2**24 the log-prob is 0 in float32. NaN, of a label outside, is left as it is.
+    return torch.expm1(logps).neg().clamp(2.0**-24, 1.0).log2().floor().neg().exp2().nan_to_num(1.0)
 
 
 def token_logprobs_bwd(

@@ -13,7 +13,8 @@ from which, with the gradient g = dL/dlogp of each token,
     dhidden = g * (P~ @ weight)     dweight = P~.T @ (g * hidden)     dbias = P~.T @ g
 
 P~ is formed as soon as its logits are there, before g is known: g multiplies the small operands. (In half precision
-g * p would underflow besides.)
+g * p would underflow besides.) In float16 P~ itself would, where a token is almost certain: such a row is lifted by a
+power of two that g is divided by.
 
 FLOPs, counting a product of (N, D) with (D, V) as 2NDV: `fwd` 2; `fwd_with_hidden_grad` 4, and nothing in the backward;
 `fwd_keeping` 2, then 4 (`tile_bwd`) for a token whose P~ was kept and 6 (`bwd`) for one whose logits are formed again.
@@ -118,30 +119,63 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
             out[part] = out[part] + value if add else value
 
 
+def exponents(sizes: Tensor) -> Tensor:
+    """The least x with sizes <= 2**x, in the dtype of `sizes`, which are not negative; 0 where one is no number."""
+    lowest = -100.0  # 2**-x is then far from what float32 cannot hold
+    return sizes.log2().ceil().nan_to_num(0.0, 0.0, lowest).clamp(lowest, -lowest)
+
+
 class HeadGrads:
     """dweight and dbias of a head, summed over `tiles` tiles.
 
     One tile alone writes the gradient in the dtype of the weight; the sum over several runs in float32 (float64 for
     float64 weights) and is cast by the caller.
+
+    With `before_scale`, of gradients that are still to be multiplied by a loss scale: float16 could not hold them. Then
+    the sum is float32 even over one tile, and lacks a factor of 2**exponent, chosen so that the largest gradient of a
+    token is about 1. Where a later chunk has a larger one, the sum is made smaller: in float16 that is a pass over the
+    head for each chunk, for nobody waits to see whether it is needed.
     """
 
-    def __init__(self, head: Head, *, weight: bool, bias: bool, tiles: int):
+    def __init__(self, head: Head, *, weight: bool, bias: bool, tiles: int, before_scale: bool = False):
+        self._lifting = before_scale and head.dtype == torch.float16
+
         def empty(like: Tensor) -> Tensor:
-            dtype = like.dtype if tiles == 1 else accumulator(like.dtype)
+            dtype = like.dtype if tiles == 1 and not before_scale else accumulator(like.dtype)
             return torch.empty(like.shape, dtype=dtype, device=like.device)
 
         self.weight = empty(head.weight) if weight else None
         self.bias = empty(head.bias) if bias and head.bias is not None else None
         self._added = 0
+        self._exponent: Tensor | None = None
         if tiles == 0:
             for total in (self.weight, self.bias):
                 if total is not None:
                     total.zero_()
 
+    def make_room(self, grad: Tensor) -> None:
+        """For tiles with these gradients of tokens (C,), before they are added."""
+        if not self._lifting or grad.shape[0] == 0:
+            return
+        exponent = exponents(grad.abs().amax())
+        if self._exponent is not None:
+            exponent = torch.maximum(exponent, self._exponent)
+            if self._added:
+                for total in (self.weight, self.bias):
+                    if total is not None:
+                        total.mul_((self._exponent - exponent).exp2())
+        self._exponent = exponent
+
+    def lacking(self) -> Tensor | float:
+        """The factor that the sums lack."""
+        return 1.0 if self._exponent is None else self._exponent.exp2()
+
     def add(self, p: Tensor, hidden: Tensor, grad: Tensor) -> None:
         """dweight += p.T @ (grad * hidden); dbias += p.T @ grad. p (C, V), hidden (C, D), grad (C,)."""
         if p.shape[0] == 0:  # no tile: `tiles` did not count it
             return
+        if self._exponent is not None:
+            grad = grad * (-self._exponent).exp2()
         if self.weight is not None:
             scaled = torch.mul(hidden, grad.unsqueeze(1), out=torch.empty_like(hidden))
             product(self.weight, p.t(), scaled, add=self._added > 0)
@@ -227,24 +261,30 @@ def fwd_keeping(
 
 def bwd(
     hidden: Tensor, labels: Tensor, norms: Tensor, grad: Tensor, head: Head, grads: HeadGrads, dhidden: Tensor | None,
-    buffer: Tensor, *, start: int = 0, end: int | None = None,
+    buffer: Tensor, *, lift: Tensor | None = None, start: int = 0, end: int | None = None, scaled: bool = True,
 ) -> None:  # fmt: skip
     """Forms the logits of rows [start, end) again, writes their dhidden, adds to the head's gradients: up to 6NDV.
 
-    norms (2, N) are those of the forward, grad (N,) = dL/dlogps.
+    norms (2, N) are those of the forward, grad (N,) = dL/dlogps, over `lift` (N,) where P~ is to be formed with that
+    factor; `scaled` as in `tile_bwd`.
     """
     for rows, x in tiles(start, hidden.shape[0] if end is None else end, buffer):
         head.logits(hidden[rows], x)
-        ones = torch.ones_like(norms[0, rows])
-        head.rows.token_logprobs_bwd(x, labels[rows], norms[:, rows], ones, out=x, **head.options)
-        tile_bwd(rows, x, hidden, grad, head, grads, dhidden)
+        factor = torch.ones_like(norms[0, rows]) if lift is None else lift[rows]
+        head.rows.token_logprobs_bwd(x, labels[rows], norms[:, rows], factor, out=x, **head.options)
+        tile_bwd(rows, x, hidden, grad, head, grads, dhidden, scaled=scaled)
 
 
 def tile_bwd(
-    rows: slice, p: Tensor, hidden: Tensor, grad: Tensor, head: Head, grads: HeadGrads, dhidden: Tensor | None
-) -> None:
-    """From P~ (C, V) of these rows: dhidden = grad * (P~ @ weight) is written, the head's gradients are added to."""
+    rows: slice, p: Tensor, hidden: Tensor, grad: Tensor, head: Head, grads: HeadGrads, dhidden: Tensor | None, *,
+    scaled: bool = True,
+) -> None:  # fmt: skip
+    """From P~ (C, V) of these rows: dhidden = grad * (P~ @ weight) is written, the head's gradients are added to.
+
+    Where not `scaled`, dhidden is written without the factor of grad.
+    """
     if dhidden is not None:
         head.times_weight(p, dhidden[rows])
-        dhidden[rows].mul_(grad[rows].unsqueeze(1))
+        if scaled:
+            dhidden[rows].mul_(grad[rows].unsqueeze(1))
     grads.add(p, hidden[rows], grad[rows])

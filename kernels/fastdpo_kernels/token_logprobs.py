@@ -203,7 +203,7 @@ def _token_logprobs_bwd_kernel(
     logits,  # (N, V)
     labels,  # (N,)
     norms,  # (2, N)
-    grad_logps,  # (N,) or None: ones
+    grad_logps,  # (N,)
     out,  # (N, V), may be logits
     row_stride,
     out_row_stride,
@@ -235,10 +235,7 @@ def _token_logprobs_bwd_kernel(
             tl.store(out + columns, 0.0, mask=inside)
         return
 
-    grad = 1.0
-    if grad_logps is not None:
-        grad = tl.load(grad_logps + row)
-    grad = tl.where((label >= 0) & (label < V), grad, float("nan"))
+    grad = tl.where((label >= 0) & (label < V), tl.load(grad_logps + row), float("nan"))
     m = tl.load(norms + row)
     share = grad * tl.exp(-tl.load(norms + n_rows + row))  # grad / S
     body_x = logits + lead
@@ -330,39 +327,6 @@ def token_logprobs_fwd(
     return logps, norms, statistics
 
 
-def launch_bwd(
-    logits: Tensor, labels: Tensor, norms: Tensor, grad_logps: Tensor | None, out: Tensor, *, ignore_index: int,
-    temperature: float, softcap: float | None, logit_scale: float,
-) -> None:  # fmt: skip
-    """`token_logprobs_bwd`, with None for a grad_logps of ones."""
-    n, v = logits.shape
-    assert v > 0 and (v == 1 or (logits.stride(1) == 1 and out.stride(1) == 1))
-    assert out.shape == logits.shape and out.dtype == logits.dtype
-    assert labels.shape == (n,) and norms.shape == (2, n)
-    if n > 0:
-        inner, outer = factors(temperature, softcap, logit_scale)
-        with torch.cuda.device_of(logits):
-            _token_logprobs_bwd_kernel[(n,)](
-                logits,
-                labels.contiguous(),
-                norms.contiguous(),
-                grad_logps,
-                out,
-                logits.stride(0),
-                out.stride(0),
-                n,
-                v,
-                ignore_index,
-                inner,
-                outer,
-                HAS_SOFTCAP=softcap is not None,
-                HAS_EDGES=has_edges(out),
-                ALIGNED_ALIKE=_aligned_alike(logits, out),
-                BLOCK_V=block(v, BACKWARD_BLOCK),
-                num_warps=NUM_WARPS,
-            )
-
-
 def token_logprobs_bwd(
     logits: Tensor,
     labels: Tensor,
@@ -381,9 +345,30 @@ def token_logprobs_bwd(
     row stride, may be logits itself. Returns out. Ignored rows get exact zeros and are not read, a label outside [0, V)
     gives NaN.
     """
-    assert grad_logps.shape == labels.shape
-    launch_bwd(
-        logits, labels, norms, grad_logps.float().contiguous(), out,
-        ignore_index=ignore_index, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-    )  # fmt: skip
+    n, v = logits.shape
+    assert v > 0 and (v == 1 or (logits.stride(1) == 1 and out.stride(1) == 1))
+    assert out.shape == logits.shape and out.dtype == logits.dtype
+    assert labels.shape == grad_logps.shape == (n,) and norms.shape == (2, n)
+    if n > 0:
+        inner, outer = factors(temperature, softcap, logit_scale)
+        with torch.cuda.device_of(logits):
+            _token_logprobs_bwd_kernel[(n,)](
+                logits,
+                labels.contiguous(),
+                norms.contiguous(),
+                grad_logps.float().contiguous(),
+                out,
+                logits.stride(0),
+                out.stride(0),
+                n,
+                v,
+                ignore_index,
+                inner,
+                outer,
+                HAS_SOFTCAP=softcap is not None,
+                HAS_EDGES=has_edges(out),
+                ALIGNED_ALIKE=_aligned_alike(logits, out),
+                BLOCK_V=block(v, BACKWARD_BLOCK),
+                num_warps=NUM_WARPS,
+            )
     return out

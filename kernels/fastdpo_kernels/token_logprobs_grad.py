@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdpo_kernels.eager import lifted
 from fastdpo_kernels.token_logprobs import (
     BACKWARD_BLOCK,
     FLOOR,
@@ -28,9 +29,9 @@ from fastdpo_kernels.token_logprobs import (
     edges,
     factors,
     has_edges,
-    launch_bwd,
     on_boundary,
     split,
+    token_logprobs_bwd,
     token_logprobs_fwd,
     transform,
 )
@@ -200,8 +201,8 @@ def token_logprobs_fwd_grad(
     """logps (N,), scale (N,) and stats of `token_logprobs_fwd`; logits become q, of dlogp/dlogits = scale[:, None] * q.
 
     logits (N, V) as in `token_logprobs_fwd`. Ignored rows are not read and become zeros; where the label is outside
-    [0, V), logp is NaN, and scale or q. A scale of None stands for ones: the range of float16 is too small for rows
-    that lack their factor, and the backward kernel writes them.
+    [0, V), logp is NaN, and scale or q. The range of float16 is too small for rows that lack their factor, and the
+    backward kernel writes them, lifted where the token is almost certain (`eager.lifted`).
     """
     n, v = logits.shape
     assert v > 0 and (v == 1 or logits.stride(1) == 1) and labels.shape == (n,)
@@ -210,8 +211,9 @@ def token_logprobs_fwd_grad(
             "ignore_index": ignore_index, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale
         }  # fmt: skip
         logps, norms, statistics = token_logprobs_fwd(logits, labels, stats=stats, **options)
-        launch_bwd(logits, labels, norms, None, logits, **options)
-        return logps, None, statistics
+        lift = lifted(logps)
+        token_logprobs_bwd(logits, labels, norms, lift, out=logits, **options)
+        return logps, 1.0 / lift, statistics
     assert logits.dtype in (torch.bfloat16, torch.float32), logits.dtype
     logps = torch.empty(n, dtype=torch.float32, device=logits.device)
     scales = torch.empty_like(logps)

@@ -192,3 +192,84 @@ def test_in_a_cuda_graph(impl):
     graph.replay()
     for got, expected in zip(captured, step(**static), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def functional_losses():
+    """By name: a function of tensors and two numbers, and the tensors for n (pairs, lists, answers), the first of which
+    is differentiated."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, D, generator=generator)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def packed(n):
+        labels = torch.randint(V, (8 * n,), generator=generator)
+        labels[3] = -100
+        return draw(8 * n, D), labels, draw(2 * n), torch.arange(8 * n) // 4
+
+    def padded(n):
+        labels = torch.randint(V, (2 * n, 9 + n), generator=generator)
+        labels[:, :3] = -100
+        return draw(2 * n, 9 + n, D), labels, draw(2 * n)
+
+    def pairs(n):
+        return draw(5, n).abs().unbind(0)
+
+    linear = fastdpo.linear_loss
+    return {
+        "preference_loss": (lambda c, r, p, q, _, b, e: fastdpo.preference_loss(c, r, p, q, beta=b,
+                                                                                label_smoothing=e).loss, pairs),
+        "divergence, mix": (
+            lambda c, r, p, q, length, b, e: fastdpo.preference_loss(
+                c, r, p, q, loss_type=["sigmoid", "exo_pair", "sft"], loss_weights=[1.0, b, e], chosen_lengths=length,
+                rejected_lengths=length, label_smoothing=0.1 + e).loss, pairs),
+        "alpha_divergence": (
+            lambda c, r, p, q, _, b, e: fastdpo.preference_loss(
+                c, r, p, q, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=b).loss, pairs),
+        "listwise_loss": (lambda c, r, b, e: fastdpo.listwise_loss(c, r, beta=b).loss,
+                          lambda n: draw(2, n, 3).unbind(0)),
+        "unpaired_loss": (lambda c, r, d, b, e: fastdpo.unpaired_loss(c, r, desirable=d > 0, kl=e, beta=b).loss,
+                          lambda n: draw(3, n).unbind(0)),
+        "loss, packed": (lambda h, labels, refs, ids, b, e: fastdpo.loss(
+            h @ weight.T, labels, refs, sequence_ids=ids, beta=b, ld_alpha=e, temperature=1 + e, softcap=9 + b
+        ).loss, packed),
+        "loss, padded": (lambda h, labels, refs, b, e: fastdpo.loss(h @ weight.T, labels, refs, beta=b).loss, padded),
+        "linear_loss, packed": (lambda h, labels, refs, ids, b, e: linear(
+            h, weight, labels, refs, sequence_ids=ids, beta=b, label_smoothing=e, use_weighting=True).loss, packed),
+        "linear_loss, padded": (lambda h, labels, refs, b, e: linear(
+            h, weight, labels, refs, beta=b, mean_chosen_length=3 + e, loss_type="cpo", cpo_alpha=b).loss, padded),
+        "token_logps": (lambda h, labels, refs, ids, b, e: fastdpo.token_logps(
+            h @ weight.T, labels, temperature=b, softcap=3 + e).sum(), packed),
+        "linear_token_logps": (lambda h, labels, refs, ids, b, e: fastdpo.linear_token_logps(
+            h, weight, labels, temperature=b, logit_scale=1 + e).sum(), packed),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name, dynamic", [(name, True) for name in functional_losses()] + [
+    ("preference_loss", None), ("loss, packed", None), ("linear_loss, padded", None)])  # fmt: skip
+def test_shapes_and_numbers_may_change_from_call_to_call(name, dynamic):
+    """A number that has changed once is one that the graph leaves open, and so is a dimension."""
+    function, make = functional_losses()[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for n, beta, share in [(2, 0.1, 0.0), (3, 0.2, 0.1), (5, 0.35, 0.2)][1 if dynamic else 0 :]:
+        tensors = make(n)
+
+        def run(called, tensors=tensors, numbers=(beta, share)):
+            leaf = tensors[0].clone().requires_grad_()
+            out = called(leaf, *tensors[1:], *numbers)
+            return [out, *torch.autograd.grad(out, leaf)]
+
+        for got, expected in zip(run(compiled), run(function), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_out_of_range_are_refused_when_compiled_as_well():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda c, b: fastdpo.preference_loss(c, 0 * c, c, c, beta=b).loss, backend="eager",
+                             dynamic=True)  # fmt: skip
+    compiled(torch.randn(3), 0.1)
+    with pytest.raises(ValueError, match=r"beta is -0\.2"):
+        compiled(torch.randn(3), -0.2)
+    assert torch.isfinite(compiled(torch.randn(3), 0.3))
