@@ -41,7 +41,7 @@ def evaluated(name, kind, rows, predict=True, **further):
     model = tiny_reward_model() if kind == "reward" else tiny_model()
     reference = {} if kind == "reward" else {"ref_model": tiny_model(seed=1)}
     run = made(
-        model, args=config(str(folder / "out"), **options, **further), processing_class=word_tokenizer(),
+        model, args=config(str(folder / "out"), **{**options, **further}), processing_class=word_tokenizer(),
         train_dataset=rows_of(kind, 4), eval_dataset=rows,
         compute_metrics=lambda output: {"rows": len(output.predictions), "sum": float(output.predictions[:, 0].sum())},
         **reference,
@@ -56,6 +56,8 @@ for count in (5, 8, 1):
     evaluated(f"dpo {count}", "dpo", rows_of("dpo", count))
     evaluated(f"reward {count}", "reward", rows_of("reward", count))
 evaluated("kto 5", "kto", rows_of("kto", 5), predict=False, loss_type="apo_zero_unpaired")
+size = 4 // int(os.environ.get("WORLD_SIZE", 1))  # one batch, of which the KL divergence is estimated
+evaluated("kto kl 5", "kto", rows_of("kto", 5), predict=False, per_device_eval_batch_size=size)
 evaluated("cut 5", "dpo", rows_of("dpo", 5), max_tokens_per_microbatch=30)
 evaluated("padded 5", "dpo", rows_of("dpo", 5), packing="padded")
 evaluated("weighted 5", "dpo", [{**row, "pair_weight": 1.0 + n} for n, row in enumerate(rows_of("dpo", 5))])
