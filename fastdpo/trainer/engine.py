@@ -169,7 +169,7 @@ class PreferenceTrainer(ReferencedTrainer):
         check_parallelism(self.accelerator.parallelism_config)
         self._throughput = Throughput(args.device)
         self._step_flops = self._flops_of(inner)
-        self._router_aux_loss_coef = _router_aux_loss_coef(inner, args)
+        self.router_aux_loss_coef = _router_aux_loss_coef(inner, args)
         self._host_counts, self._patient_counts = HostCounts(), HostCounts(PATIENCE)
         limit = position_limit(inner)
         for name, dataset in self._named_datasets():
@@ -226,6 +226,11 @@ class PreferenceTrainer(ReferencedTrainer):
         self._lending.enter_context(self._model_lent())
         self._lending.enter_context(weights_as_trained(self.model))
         return self.model
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the load-balancing loss of a mixture of experts is part of the loss, and logged as `aux_loss`."""
+        return self.router_aux_loss_coef != 0.0
 
     # What depends on the kind of model; RewardTrainer's has another head.
 
@@ -297,7 +302,7 @@ class PreferenceTrainer(ReferencedTrainer):
             "attention_backend": self.args.attention_backend,
             "reduction": "sum",
             "memory_budget": self.args.memory_budget,
-            "router_aux_loss_coef": self._router_aux_loss_coef,
+            "router_aux_loss_coef": self.router_aux_loss_coef,
         }
 
     def _mean_over_processes(self, value: Tensor, count: float) -> Tensor:
