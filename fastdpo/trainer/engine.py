@@ -44,6 +44,7 @@ from fastdpo.trainer.config import PreferenceConfig, check_parallelism
 from fastdpo.trainer.dataset import (
     KEPT,
     check_data,
+    check_kind,
     check_lengths,
     check_weights,
     no_row_left,
@@ -136,7 +137,10 @@ class PreferenceTrainer(ReferencedTrainer):
         self._vocabularies = {"the model": vocabulary_size(inner)}
         if ref_model is not None:
             self._vocabularies["ref_model"] = vocabulary_size(self._inner(ref_model))
+        check_kind(train_dataset, "train_dataset")
         train_dataset = self._prepared(train_dataset, processing_class, args, "train")
+        for part in eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]:
+            check_kind(part, "eval_dataset")
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {
                 name: self._prepared(part, processing_class, args, name) for name, part in eval_dataset.items()
@@ -507,6 +511,7 @@ class PreferenceTrainer(ReferencedTrainer):
 
     def _ready_to_evaluate(self, dataset: Any) -> Any:
         """A data set that comes later, as the constructor would have prepared it."""
+        check_kind(dataset, "the data set")
         dataset = self._prepared(dataset, self.processing_class, self.args, "eval")
         check_lengths(dataset, position_limit(self._inner(self.model)), self.args, name="eval")
         return self._with_later_reference(dataset) if self._losses.needs_reference else dataset
