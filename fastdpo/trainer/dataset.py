@@ -55,6 +55,26 @@ def all_or_none(columns: Iterable[str]) -> tuple[str, ...]:
     return (*REFERENCES[data_of_fields(columns)], MISMATCHED, REF_MISMATCHED)
 
 
+def check_kind(dataset: Any, name: str) -> None:
+    """That a data set, if any, is a table, a stream or a list of rows; `name` is what the message calls it.
+
+    Raises:
+        TypeError: it is something else: several data sets under names, a path.
+    """
+    if dataset is None or isinstance(dataset, list | Dataset | IterableDataset):
+        return
+    kind = type(dataset).__name__
+    if isinstance(dataset, Mapping) and dataset:
+        raise TypeError(
+            f"{name} is {kind} with {', '.join(map(str, dataset))}, and one data set is wanted; pass one of them, as "
+            f"data[{next(iter(dataset))!r}]."
+        )
+    raise TypeError(
+        f"{name} is {kind}; it must be a datasets.Dataset, a datasets.IterableDataset or a list of rows, as "
+        "datasets.load_dataset('json', data_files=..., split='train') makes one."
+    )
+
+
 def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, *, name: str) -> Any:
     """Token ids of every row. `name` says in messages which data set it is.
 

@@ -44,6 +44,7 @@ from fastdpo.trainer.config import PreferenceConfig, check_parallelism
 from fastdpo.trainer.dataset import (
     KEPT,
     check_data,
+    check_kind,
     check_lengths,
     check_weights,
     no_row_left,
@@ -136,7 +137,10 @@ class PreferenceTrainer(ReferencedTrainer):
         self._vocabularies = {"the model": vocabulary_size(inner)}
         if ref_model is not None:
             self._vocabularies["ref_model"] = vocabulary_size(self._inner(ref_model))
+        check_kind(train_dataset, "train_dataset")
         train_dataset = self._prepared(train_dataset, processing_class, args, "train")
+        for part in eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]:
+            check_kind(part, "eval_dataset")
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {
                 name: self._prepared(part, processing_class, args, name) for name, part in eval_dataset.items()
@@ -169,7 +173,7 @@ class PreferenceTrainer(ReferencedTrainer):
         check_parallelism(self.accelerator.parallelism_config)
         self._throughput = Throughput(args.device)
         self._step_flops = self._flops_of(inner)
-        self._router_aux_loss_coef = _router_aux_loss_coef(inner, args)
+        self.router_aux_loss_coef = _router_aux_loss_coef(inner, args)
         self._host_counts, self._patient_counts = HostCounts(), HostCounts(PATIENCE)
         limit = position_limit(inner)
         for name, dataset in self._named_datasets():
@@ -226,6 +230,11 @@ class PreferenceTrainer(ReferencedTrainer):
         self._lending.enter_context(self._model_lent())
         self._lending.enter_context(weights_as_trained(self.model))
         return self.model
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the load-balancing loss of a mixture of experts is part of the loss, and logged as `aux_loss`."""
+        return self.router_aux_loss_coef != 0.0
 
     # What depends on the kind of model; RewardTrainer's has another head.
 
@@ -296,7 +305,7 @@ class PreferenceTrainer(ReferencedTrainer):
             "attention_backend": self.args.attention_backend,
             "reduction": "sum",
             "memory_budget": self.args.memory_budget,
-            "router_aux_loss_coef": self._router_aux_loss_coef,
+            "router_aux_loss_coef": self.router_aux_loss_coef,
         }
 
     def _mean_over_processes(self, value: Tensor, count: float) -> Tensor:
@@ -501,6 +510,7 @@ class PreferenceTrainer(ReferencedTrainer):
 
     def _ready_to_evaluate(self, dataset: Any) -> Any:
         """A data set that comes later, as the constructor would have prepared it."""
+        check_kind(dataset, "the data set")
         dataset = self._prepared(dataset, self.processing_class, self.args, "eval")
         check_lengths(dataset, position_limit(self._inner(self.model)), self.args, name="eval")
         return self._with_later_reference(dataset) if self._losses.needs_reference else dataset

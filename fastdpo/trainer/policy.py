@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from fastdpo.adapters import adapter_wrappers
@@ -41,9 +41,19 @@ def load(model: Any, args: Any, quantization_config: Any = None, *, auto_class: 
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | keywords
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    _check_named(model, options, check)
+    config = _checked_config(model, options, check)
     with _whole_weights():
-        return auto_class.from_pretrained(model, **options)
+        return _loader(auto_class, config).from_pretrained(model, **options)
+
+
+def _loader(auto_class: Any, config: Any) -> Any:
+    """`auto_class`, or, of a vision-language model, the class that loads it whole: it trains on text as others do."""
+    from transformers.models.auto import modeling_auto as known
+
+    kind = getattr(config, "model_type", None)
+    if auto_class is not AutoModelForCausalLM or kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return auto_class
+    return AutoModelForImageTextToText if kind in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else auto_class
 
 
 def _check_loaded(model: Any, check: Any) -> None:
@@ -54,16 +64,17 @@ def _check_loaded(model: Any, check: Any) -> None:
         check(inner.config, name, *([name] if check is check_architecture else []))
 
 
-def _check_named(path: str, options: dict[str, Any], check: Any) -> None:
-    """By the config alone; where none can be had, loading says why."""
+def _checked_config(path: str, options: dict[str, Any], check: Any) -> Any:
+    """The model's config, which `check` passes; None where none can be had: loading says why."""
     wanted = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only")
     try:
         config = options.get("config")
         if not hasattr(config, "model_type"):
             config = AutoConfig.from_pretrained(path, **{name: options[name] for name in wanted if name in options})
     except (OSError, ValueError, KeyError):
-        return
+        return None
     check(config, path)
+    return config
 
 
 def with_dtype(keywords: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fastdpo import score_models
 from fastdpo.packing import PreferenceCollator
 from fastdpo.packing.groups import FILLER
 from fastdpo.score_models import SCORES, sequence_classifier
+from fastdpo.trainer.chat_template import take_over_template, training_embeddings_of
 from fastdpo.trainer.config import PreferenceConfig, option
 from fastdpo.trainer.engine import PreferenceTrainer
 from fastdpo.trainer.metrics import MetricSums, StepFlops, at_least_float32
@@ -39,7 +40,9 @@ class RewardConfig(PreferenceConfig):
     center_rewards_coefficient: float | None = option(
         "Weight of (r_c + r_r)^2, which keeps the mean score near 0; unset, it is left out.", None)  # fmt: skip
     eos_token: str | None = option("The token that ends a text; unset, the tokenizer's end-of-text token.", None)
-    chat_template_path: str | None = option("A Jinja file (.jinja, .j2) to take as the chat template.", None)
+    chat_template_path: str | None = option(
+        "The chat template: a Jinja file (.jinja, .j2), or the name or path of a tokenizer, of which its added tokens "
+        "and its end-of-text token are taken over, too, with new embeddings.", None)  # fmt: skip
 
     def loss_arguments(self) -> dict[str, Any]:
         return {"loss_type": "reward", "center_rewards_coefficient": self.center_rewards_coefficient or 0.0}
@@ -58,14 +61,21 @@ class RewardConfig(PreferenceConfig):
             value = getattr(self, name)
             if value != default and value:
                 raise ValueError(f"{name}={value!r} has no meaning for RewardTrainer: {why}; leave it out.")
-        if self.chat_template_path is not None:
-            path = Path(self.chat_template_path)
-            if path.suffix not in (".jinja", ".j2") or not path.is_file():
-                raise ValueError(
-                    f"chat_template_path is {self.chat_template_path!r}; it must be a file .jinja or .j2. To take over "
-                    "another tokenizer's template, set tokenizer.chat_template and add its tokens to tokenizer and "
-                    "model."
-                )
+        if self._template_file is not None and not self._template_file.is_file():
+            raise ValueError(
+                f"chat_template_path is {self.chat_template_path!r}, and there is no such file; name one, or a "
+                "tokenizer to take the template of."
+            )
+
+    @property
+    def _template_file(self) -> Path | None:
+        path = Path(self.chat_template_path or "")
+        return path if path.suffix in (".jinja", ".j2") else None
+
+    @property
+    def template_source(self) -> str | None:
+        """The tokenizer whose chat template is taken over."""
+        return self.chat_template_path if self._template_file is None else None
 
 
 class _OneScore:
@@ -137,9 +147,16 @@ class RewardTrainer(PreferenceTrainer):
                 "the score head is not trained, and not saved with the adapter; set task_type='SEQ_CLS' or "
                 "modules_to_save=['score'] in peft_config, unless the model has learnt to score before."
             )
-        if args.eos_token is not None:
+        if args.eos_token is not None or args.template_source is not None:
             inner.config.get_text_config().eos_token_id = self._tokenizer.eos_token_id
+        self.router_aux_loss_coef = 0.0  # sequence classifiers have none
         self._metrics = {mode: ScoreSums(self.accelerator.gather) for mode in ("train", "eval")}
+
+    def _ready_policy(self, model: Any, processing_class: Any, args: Any) -> tuple[Any, Any]:
+        if args.template_source is not None:
+            new = take_over_template(model, getattr(processing_class, "tokenizer", processing_class), args)
+            self._peft_config = training_embeddings_of(new, self._peft_config)
+        return super()._ready_policy(model, processing_class, args)
 
     def _inner(self, model: Any) -> Any:
         return sequence_classifier(model)
@@ -270,6 +287,6 @@ def _tokenizer_as_asked(tokenizer: Any, model: Any, args: RewardConfig) -> Any:
         if args.eos_token not in tokenizer.get_vocab():
             raise UserError(f"eos_token is {args.eos_token!r}, which the tokenizer does not know; name one of its own.")
         tokenizer.eos_token = args.eos_token
-    if args.chat_template_path is not None:
-        tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
+    if args._template_file is not None:
+        tokenizer.chat_template = args._template_file.read_text(encoding="utf-8")
     return tokenizer

@@ -114,3 +114,23 @@ def test_the_decoder_of_bart_trains(tmp_path):
     bart = transformers.BartForCausalLM(BART)
     run = DPOTrainer(bart, args=args, train_dataset=random_rows(4), processing_class=word_tokenizer())
     assert run.packing == "padded"
+
+
+def test_a_vision_language_model_trains_on_text(tmp_path):
+    """Given by name it is loaded whole, though no causal LM goes by its kind; what sees images stays as it is."""
+    text = {
+        "vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "layer_types": ["full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    special = {"image_token_id": 93, "video_token_id": 94, "vision_start_token_id": 95, "vision_end_token_id": 96}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
+    transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    run = made(tmp_path, "DPO", str(tmp_path / "model"))
+    assert type(run.model).__name__ == "Qwen2_5_VLForConditionalGeneration" and run.packing == "prefix"
+    start = {name: value.detach().clone() for name, value in run.model.named_parameters()}
+    run.train()
+    moved = {name for name, value in run.model.named_parameters() if not torch.equal(value, start[name])}
+    assert "lm_head.weight" in moved and not any("visual" in name for name in moved)

@@ -125,11 +125,13 @@ def test_the_balancing_loss_counts_every_token_once(tmp_path, packing):
                     tokens += len(weights)
         exact = 4 * (counts / tokens * probabilities / tokens).sum()
     assert logs["aux_loss"] == pytest.approx(exact.item(), rel=1e-4)
+    assert run.aux_loss_enabled
     assert logs["loss"] == pytest.approx(0.693147 + 0.05 * exact.item(), rel=1e-4)
 
 
 def test_the_balancing_loss_can_be_left_out(tmp_path):
     run = trainer(tmp_path, mixture(0.05), random_rows(4), router_aux_loss_coef=0.0, max_steps=1)
+    assert not run.aux_loss_enabled
     run.train()
     assert losses_of(run) == pytest.approx([0.693147], abs=1e-4)
     assert all("aux_loss" not in entry for entry in run.state.log_history)

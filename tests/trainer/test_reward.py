@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
 from processes import run_script
 from reward_models import own_scores, tiny_reward_model
-from tiny import random_rows, text_rows, tiny_model, word_tokenizer
+from tiny import VOCABULARY, random_rows, text_rows, tiny_model, word_tokenizer
 from trainer.trl_runs import rounding, sums_in_dtype_of
 from trainer_runs import losses_of
 
@@ -395,6 +396,70 @@ def test_end_of_text_and_template(tmp_path):
         trainer(tmp_path, eos_token="<end>")
 
 
+def teacher_of_a_template(folder, template="{% for m in messages %}{{ m['content'] + ' <turn> ' }}{% endfor %}"):
+    """A folder with a tokenizer that writes `<turn>` behind each message and ends texts with `<end>`."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["<turn>"], special_tokens=True)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+MESSAGES = [
+    {"prompt": [{"role": "user", "content": asked}], "chosen": [{"role": "assistant", "content": "b"}],
+     "rejected": [{"role": "assistant", "content": "c"}]}
+    for asked in "abcde"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_template_of_another_tokenizer(tmp_path, adapter):
+    """Its tokens come with it: `<turn>` and `<end>`, for which this model has no embeddings yet."""
+    path = teacher_of_a_template(tmp_path / "teacher")
+    model = tiny_reward_model(vocab_size=15)
+    before = model.get_input_embeddings().weight.detach().clone()
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    further = {"peft_config": config} if adapter else {}
+    run = trainer(tmp_path, model, MESSAGES, further=further, chat_template_path=path, max_steps=3, learning_rate=0.1)
+    tokenizer = run.processing_class
+    assert tokenizer.convert_tokens_to_ids(["<turn>", "<end>"]) == [15, 16]
+    assert tokenizer.eos_token == "<end>" and run.model.config.eos_token_id == 16
+    row = run.train_dataset[0]
+    assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]) == "a <turn> b <turn>"
+    assert not adapter or config.trainable_token_indices is None  # a copy was changed
+    weights = {name: value for name, value in run.model.named_parameters() if "embed_tokens" in name}
+    start = {name: value.detach().clone() for name, value in weights.items()}
+    run.train()
+    if adapter:  # which trains the new tokens alone
+        whole, new = weights
+        assert torch.equal(weights[whole], start[whole]) and torch.equal(start[whole][:15], before)
+        assert len(weights[new]) == 2 and not torch.equal(weights[new][0], start[new][0])
+    else:
+        (whole,) = weights
+        assert torch.equal(start[whole][:15], before) and not torch.equal(weights[whole][15], start[whole][15])
+    assert weights[whole].shape == (64, 32)
+
+
+def test_what_is_kept_beside_another_tokenizers_template(tmp_path):
+    path = teacher_of_a_template(tmp_path / "teacher")
+    run = trainer(tmp_path, rows=MESSAGES, chat_template_path=path, eos_token="</s>")
+    assert run.processing_class.eos_token == "</s>" and run.model.config.eos_token_id == 2
+    assert len(run.model.get_input_embeddings().weight) == VOCABULARY  # has room for them
+
+
+def test_templates_that_cannot_be_taken_over(tmp_path):
+    with pytest.raises(UserError, match="chat_template_path is 'no/tokenizer', and no tokenizer can be loaded"):
+        trainer(tmp_path, chat_template_path="no/tokenizer")
+    bare = teacher_of_a_template(tmp_path / "bare", template=None)
+    with pytest.raises(UserError, match="bare', whose tokenizer has no chat template"):
+        trainer(tmp_path, chat_template_path=bare)
+    path = teacher_of_a_template(tmp_path / "teacher")
+    adapted = get_peft_model(tiny_reward_model(), LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=r"'<turn>' and 1 more.*and it has adapters"):
+        trainer(tmp_path, adapted, chat_template_path=path)
+
+
 # What is refused
 
 
@@ -405,7 +470,7 @@ def test_end_of_text_and_template(tmp_path):
     ({"show_generations": 1}, "show_generations=1 has no meaning"),
     ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1 has no meaning"),
     ({"center_rewards_coefficient": -0.1}, "center_rewards_coefficient is -0.1"),
-    ({"chat_template_path": "some/tokenizer"}, "chat_template_path is 'some/tokenizer'"),
+    ({"chat_template_path": "missing.jinja"}, "chat_template_path is 'missing.jinja', and there is no such file"),
 ])  # fmt: skip
 def test_options_that_cannot_be_honoured(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

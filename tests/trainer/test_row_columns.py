@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from reward_models import tiny_reward_model
 from tiny import naive_sequence_logps, random_rows, text_rows, tiny_model, word_tokenizer
 from trainer_runs import losses_of, trainer
@@ -132,6 +132,22 @@ def test_pairs_and_single_answers_are_not_mixed(tmp_path):
             kto(tmp_path, rows)
     with pytest.raises(DataError, match=r"row 1 .*'rejected_ids' is missing"):
         kto(tmp_path, [random_rows(1)[0], {"prompt_ids": [3], "chosen_ids": [4]}])
+
+
+def test_data_sets_that_are_none(tmp_path):
+    """Several under names, as `load_dataset` gives them without a split, and a path: said at once, by the argument."""
+    splits = DatasetDict({"train": Dataset.from_list(random_rows(4)), "test": Dataset.from_list(random_rows(2))})
+    for make in (trainer, kto, reward):
+        with pytest.raises(TypeError, match=r"train_dataset is DatasetDict with train, test.*as data\['train'\]"):
+            make(tmp_path, rows=splits)
+        with pytest.raises(TypeError, match=r"train_dataset is str; it must be a datasets\.Dataset"):
+            make(tmp_path, rows="rows.jsonl")
+    with pytest.raises(TypeError, match="eval_dataset is str"):
+        trainer(tmp_path, eval_dataset={"one": "rows.jsonl"})
+    run = trainer(tmp_path, eval_dataset=splits)
+    assert set(run.eval_dataset) == {"train", "test"}
+    with pytest.raises(TypeError, match="the data set is DatasetDict with train, test"):
+        run.predict(splits)
 
 
 def test_first_rows_that_do_not_tell_a_type(tmp_path):
