@@ -103,7 +103,7 @@ _looked_at = ContextVar("looked_at", default=False)
 
 @contextmanager
 def looked_at() -> Iterator[None]:
-    """Within it `check_finite` is silent: what rows carry has been looked at, and the rest comes from models.
+    """Within it `check_finite`, and the check of labels, are silent: rows have been looked at, the rest is of models.
 
     A run reports a model that has become non-finite by the loss, with step and rows.
     """
@@ -114,9 +114,13 @@ def looked_at() -> Iterator[None]:
         _looked_at.reset(before)
 
 
+def were_looked_at() -> bool:
+    return _looked_at.get()
+
+
 def check_finite(name: str, values: Tensor) -> None:
     """On a CPU only: a GPU would have to be waited for (there, PreferenceCollator has looked at what rows carry)."""
-    if not known_on_host(values) or _looked_at.get():
+    if not known_on_host(values) or were_looked_at():
         return
     bad = (~values.isfinite()).nonzero()
     if len(bad):

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "fastdpo"
 
 # Each line may import those above it, and itself.
 ORDER = [
-    {"fastdpo_kernels", "types", "device"},
+    {"fastdpo_kernels", "types", "device", "adapters"},
     {"ops", "losses", "data", "saving", "stopping"},
     {"groups"},
     {"packing"},

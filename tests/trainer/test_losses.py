@@ -563,7 +563,9 @@ def mixture(coefficient):
 @pytest.mark.parametrize("weight", [1.0, 0.25, 0.0])
 def test_the_balancing_loss_does_not_depend_on_the_scale_of_the_weights(tmp_path, weight):
     rows = [{**row, "pair_weight": weight} for row in random_rows(4, seed=25)]
-    run = trainer(tmp_path, mixture(0.05), rows, **(RUN | {"max_steps": 1}))
+    rows += [{**row, "pair_weight": 1.0} for row in random_rows(4, seed=26)]  # of which the step takes none
+    options = RUN | {"max_steps": 1, "train_sampling_strategy": "sequential"}
+    run = trainer(tmp_path, mixture(0.05), rows, **options)
     run.train()
     (logs,) = [entry for entry in run.state.log_history if "loss" in entry]
     expected = 0.693147 + 0.05 * logs["aux_loss"] if weight else 0.0  # in which nothing weighs anything
@@ -586,7 +588,7 @@ def test_the_balancing_loss_does_not_depend_on_the_scale_of_the_weights(tmp_path
         ([{"prompt": "a", "completions": [" b"]}], {"loss_type": "listwise"}, "row 0 .*at least two completions"),
         ([{**row, "ref_logps": ["x"] * len(row["ranks"])} for row in list_rows(2)], {"loss_type": "listwise"},
          "row 0 .*'ref_logps' is 'x'; it must be a sum of log-probs"),
-        ([{**list_rows(1)[0], "ref_logps": [1.0] * len(list_rows(1)[0]["ranks"])}, *list_rows(1, seed=1)],
+        ([{**list_rows(1)[0], "ref_logps": [-1.0] * len(list_rows(1)[0]["ranks"])}, *list_rows(1, seed=1)],
          {"loss_type": "listwise"}, "1 of 2 rows of the train data set have no ref_logps"),
     ],
 )  # fmt: skip

@@ -437,8 +437,9 @@ def thinking():
 
 
 def merged(rows):
-    """The prompt's last word and the answer's first are one token."""
-    return [{**row, **{side: row[side].strip() for side in ("chosen", "rejected")}} for row in rows]
+    """The prompt's last word and the answer's first are one token, of which the tokenizer knows none."""
+    told_apart = [row for row in rows if row["chosen"].split()[1:] != row["rejected"].split()[1:]]
+    return [{**row, **{side: row[side].strip() for side in ("chosen", "rejected")}} for row in told_apart]
 
 
 def implicit(rows):
@@ -457,7 +458,7 @@ def implicit(rows):
         pytest.param([{**row, "chosen": f"{row['chosen']} </s>", "id": 1} for row in text_rows(16)], {}, marks=slow),
         pytest.param(text_rows(24, prompt=(6, 20)), {}, marks=slow),
         pytest.param(chat_rows(16, prompt=(1, 3)), {"tokenizer": thinking}, marks=slow),
-        pytest.param(merged(text_rows(16)), {}, marks=slow),
+        pytest.param(merged(text_rows(24))[:16], {}, marks=slow),
     ],
     ids=[
         *("chat", "implicit", "template", "chat-begin", "begin", "unpadded", "ended", "too-long", "thinking"),
@@ -656,7 +657,8 @@ def test_the_constructor(kind):
         for library in (fastdpo, trl)
     )
     assert [(each.name, each.default) for each in ours[: len(theirs)]] == [(each.name, each.default) for each in theirs]
-    assert all(each.kind is inspect.Parameter.KEYWORD_ONLY for each in ours[len(theirs) :])
+    further = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    assert all(each.kind in further for each in ours[len(theirs) :])
 
 
 def default_of(field):
