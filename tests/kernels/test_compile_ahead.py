@@ -19,12 +19,12 @@ BLOCK = {
     "one pass": token_logprobs.BACKWARD_BLOCK,
 }
 GATHER_TILE = {"gather": gather_kv.FORWARD_TILE, "gather backward": gather_kv.BACKWARD_TILE}
-# Of which of the eight combinations (see compile_ahead.variants) all variants are made: each on two targets, and those
-# that need the most registers on every target. With it, how many kernels that makes.
+# Of which of the eight combinations (see compile_ahead.variants) all variants are made: all of them for Hopper, and
+# those that need the most registers for every target. With it, how many kernels that makes.
 TARGETS = {
     "sm_90": (range(8), 42 + 12),
-    "sm_80": ((0, 3, 6), 34),
-    "sm_100": ((1, 4, 7), 32),
+    "sm_80": ((), 7 + 4),
+    "sm_100": ((), 7 + 4),
     "gfx942": ((2, 5), 26),
     "sm_86": ((), 7 + 4),
     "sm_89": ((), 7 + 4),

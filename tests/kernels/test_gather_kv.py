@@ -108,7 +108,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 # On a GPU nearly every example compiles kernels of its own.
-@draws(30 if CUDA else 60)
+@draws(30 if CUDA else 40)
 @given(
     num_rows=st.integers(1, 40),
     more=st.lists(st.integers(0, 39), max_size=40),  # further copies

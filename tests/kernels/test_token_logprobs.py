@@ -162,7 +162,7 @@ SIZES = [1, 2, 3, 127, 128, 1000, 2049, 4096, 4097, 9000]
 LABELS = st.one_of(st.integers(0, 9000), st.sampled_from(["ignored", "below", "v", "above"]))
 
 
-@draws(200)
+@draws(120)
 @given(
     v=st.sampled_from(SIZES),
     dtype=st.sampled_from(DTYPES),

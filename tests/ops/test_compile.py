@@ -247,7 +247,7 @@ def functional_losses():
 
 
 @pytest.mark.parametrize("name, dynamic", [(name, True) for name in functional_losses()] + [
-    ("preference_loss", None), ("loss, packed", None), ("linear_loss, padded", None)])  # fmt: skip
+    ("preference_loss", None), ("linear_loss, padded", None)])  # fmt: skip
 def test_shapes_and_numbers_may_change_from_call_to_call(name, dynamic):
     """A number that has changed once is one that the graph leaves open, and so is a dimension."""
     function, make = functional_losses()[name]

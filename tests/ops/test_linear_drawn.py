@@ -139,7 +139,7 @@ LOSS_CASES = {
 }
 
 
-@draws(120)
+@draws(60)
 @given(**LOSS_CASES)
 def test_linear_loss(pairs, v, dtype, trained, rows, counts, loss, reduction, outer, seed):
     """Pairs of drawn lengths, empty ones and ones larger than the budget among them; a gradient other than 1."""

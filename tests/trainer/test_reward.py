@@ -449,8 +449,8 @@ def test_what_is_kept_beside_another_tokenizers_template(tmp_path):
 
 
 def test_templates_that_cannot_be_taken_over(tmp_path):
-    with pytest.raises(UserError, match="chat_template_path is 'no/tokenizer', and no tokenizer can be loaded"):
-        trainer(tmp_path, chat_template_path="no/tokenizer")
+    with pytest.raises(UserError, match="chat_template_path is 'no/such/tokenizer', and no tokenizer can be loaded"):
+        trainer(tmp_path, chat_template_path="no/such/tokenizer")
     bare = teacher_of_a_template(tmp_path / "bare", template=None)
     with pytest.raises(UserError, match="bare', whose tokenizer has no chat template"):
         trainer(tmp_path, chat_template_path=bare)
