@@ -67,6 +67,11 @@ class PreferenceBatch(dict):
         return self.get("total_weight", float(self.num_pairs))
 
     @property
+    def data_tokens(self) -> int:
+        """Tokens of the rows' own sequences, prompts counted with every completion, without padding."""
+        return int(self.get("own_tokens", self["unshared_tokens"]))
+
+    @property
     def chosen_tokens(self) -> float | None:
         """Of pairs: targets of the chosen answers, times their pairs' weights; on the host."""
         return self.get("chosen_tokens")

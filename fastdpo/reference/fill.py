@@ -257,6 +257,10 @@ class _Running:
         return values
 
 
+class ModelChanged(UserError):
+    """The model is not the one any more that the cache was opened for."""
+
+
 class _SameModel:
     """Whether the model is still that of the cache: its fingerprint is taken again where a tensor was written to, put
     in the place of another, or made another way of reading it, as its adapters and hooks are."""
@@ -275,7 +279,7 @@ class _SameModel:
             return  # of a sharded model, a process has no more than its part
         differing = differences(self._cache.fingerprint, model_fingerprint(self._model, self._autocast_dtype))
         if differing:
-            raise UserError(
+            raise ModelChanged(
                 f"the model is not the one that {self._cache.path} is for ({'; '.join(differing.values())}): it was "
                 "changed since the cache was opened, or is run in another dtype; open a cache with its fingerprint "
                 "as it is now. What was computed before is kept."

@@ -220,7 +220,7 @@ class PreferenceTrainer(ReferencedTrainer):
         self._losses = self.args.losses()  # a search may have changed beta
         inner = self._inner(self.model)
         with self.accelerator.autocast():
-            packing = self._choose_packing(inner)
+            packing = self._choose_packing(self.model)
         if packing != self.packing:
             raise UserError(
                 f"model_init made a model that runs with packing={packing!r}, and the first one with {self.packing!r}; "
@@ -312,8 +312,8 @@ class PreferenceTrainer(ReferencedTrainer):
         """Of the means of each process over `count` rows."""
         if self.accelerator.num_processes == 1:
             return value
-        own = torch.where(value.new_tensor(count) > 0, value * count, 0.0)
-        total, rows = self._reduce(torch.stack([own, value.new_tensor(count)])).unbind()
+        own = value * count if count else torch.zeros_like(value)  # of no row it is not finite
+        total, rows = self._reduce(torch.stack([own, torch.full_like(value, count)])).unbind()
         return total / rows
 
     def compute_loss(
@@ -476,8 +476,8 @@ class PreferenceTrainer(ReferencedTrainer):
         if which == "no":
             return
         counted = [part for part in passes_of(inputs) if part.get("weight", 1.0)]
-        name = "num_tokens" if which == "all" and self.packing == "padded" else "unshared_tokens"
-        tokens = sum(part.get("own_tokens", part[name]) if name != "num_tokens" else part[name] for part in counted)
+        padding = which == "all" and self.packing == "padded"
+        tokens = sum(part["num_tokens"] if padding else part.data_tokens for part in counted)
         self.state.num_input_tokens_seen += sum(own for (own,) in self._host_counts.gather([tokens]))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

@@ -44,8 +44,8 @@ class LentModel:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
+        self._extend(self.inner)
         if self._depth:
-            self._extend(self.inner)
             yield
             return
         self._depth += 1
@@ -58,7 +58,6 @@ class LentModel:
     @contextmanager
     def _given_back(self) -> Iterator[None]:
         if self._sharded:
-            self._extend(self.inner)
             yield
             return
         attention = [of for model in {id(model): model for model in (self.inner, *self._packed)}.values()
@@ -71,7 +70,6 @@ class LentModel:
             if name in module.__dict__
         }
         hooks = getattr(self.inner, "_require_grads_hooks", None)
-        self._extend(self.inner)
         for model in self._packed:
             set_attention(model)
         try:

@@ -112,7 +112,7 @@ class Throughput:
         self._pairs += batch.num_pairs
         self._tokens += batch["num_tokens"]
         self._unshared += batch["unshared_tokens"]
-        self.total_unshared += batch.get("own_tokens", batch["unshared_tokens"])
+        self.total_unshared += batch.data_tokens
         self._flops += flops
 
     def take(self, dtype: torch.dtype) -> dict[str, float]:

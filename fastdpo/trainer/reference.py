@@ -24,13 +24,13 @@ def has_reference(dataset: Any) -> bool:
 
 
 def with_reference(
-    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, *, check: Callable[[], None],
-    lent: Any, ld_alpha: float | None, **options: Any,
+    dataset: Any, cache: ReferenceCache, model: Any, args: Any, counts: HostCounts, *,
+    lost: Callable[[], Exception] | None, lent: Any, ld_alpha: float | None, **options: Any,
 ) -> Any:  # fmt: skip
     """The data set with the reference's sums, as `reference_columns` has them; `options` go to `fill_cache`.
 
     `lent()` is the context in which the model is where it can run: it is only moved if something has to be computed.
-    Before that `check()` says whether it is still the reference.
+    `lost` makes what is raised in place of that, where the reference is not there any more.
     What the cache lacks is divided among the processes by content. They wait for each other at the end alone, and need
     not share a file system: then each node computes for itself what it cannot see.
 
@@ -42,8 +42,8 @@ def with_reference(
     options |= {**cut, "batch_size": args.precompute_ref_batch_size, "progress": show}
     if isinstance(dataset, IterableDataset):
         cache.reload()
-        if _stream_lacks(dataset, cache, cut, counts):
-            check()
+        if lost is not None and _stream_lacks(dataset, cache, cut, counts):
+            raise lost()
         with lent():
             return _streamed(dataset, cache, model, args, counts, {**cut, "ld_alpha": ld_alpha}, options)
     rows = row_keys(dataset, **cut)
@@ -51,7 +51,8 @@ def with_reference(
         cache.reload()
         if not _lacking(cache, rows.keys, counts):
             break
-        check()
+        if lost is not None:
+            raise lost()
         with lent():
             fill_cache(model, dataset, cache, shard_index=index, num_shards=number, **options)
     counts.gather([0])

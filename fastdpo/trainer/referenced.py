@@ -17,7 +17,7 @@ from fastdpo.models import evaluating
 from fastdpo.packing import PreferenceBatch
 from fastdpo.reference import ReferenceCache, model_fingerprint
 from fastdpo.reference.cache import default_cache_dir
-from fastdpo.reference.fill import about
+from fastdpo.reference.fill import ModelChanged, about
 from fastdpo.scoring import sequence_logps
 from fastdpo.trainer.config import ReferenceConfig
 from fastdpo.trainer.passes import HostCounts
@@ -95,25 +95,6 @@ class ReferencedTrainer(SurvivingTrainer):
             raise UserError(_no_reference(self._losses.data))
         return dataset
 
-    def _check_reference_runs(self) -> None:
-        """Before log-probs that the cache lacks are computed.
-
-        Raises:
-            UserError: the model has moved since the cache was opened, or is sharded by now.
-        """
-        assert self._ref_cache is not None
-        began = bool(self.state.global_step) if hasattr(self, "state") else False
-        lost = began and self._is_sharded and self._reference.kind != "explicit"
-        if not lost and (began or not self._reference.lasts):
-            with self._reference.running():
-                lost = model_fingerprint(self._reference.runs, self._autocast_dtype) != self._ref_cache.fingerprint
-        if lost:
-            raise UserError(
-                "the reference of this new data set cannot be computed any more: with precompute_ref_log_probs=True "
-                "and no ref_model, it was the policy before training; pass the set to the constructor as eval_dataset, "
-                "or fill its cache by fastdpo.precompute with the model that training began with."
-            )
-
     @property
     def _is_sharded(self) -> bool:
         """Whether no process has the weights whole."""
@@ -127,20 +108,25 @@ class ReferencedTrainer(SurvivingTrainer):
         if has_reference(dataset):
             return dataset
         assert self._ref_cache is not None
-        with self._reference.running():
-            return with_reference(
-                dataset,
-                self._ref_cache,
-                self._reference.runs,
-                self.args,
-                self._patient_counts,
-                check=self._check_reference_runs,
-                lent=functools.partial(_lent, self._reference.runs, self.args.device),
-                ld_alpha=self._losses.ld_alpha,
-                packing=self.packing,
-                attention_backend=self.args.attention_backend,
-                autocast_dtype=self._autocast_dtype,
-            )
+        trained = bool(self.state.global_step)
+        sharded = trained and self._is_sharded and self._reference.kind != "explicit"
+        try:
+            with self._reference.running():
+                return with_reference(
+                    dataset,
+                    self._ref_cache,
+                    self._reference.runs,
+                    self.args,
+                    self._patient_counts,
+                    lost=_reference_lost if sharded else None,
+                    lent=functools.partial(_lent, self._reference.runs, self.args.device),
+                    ld_alpha=self._losses.ld_alpha,
+                    packing=self.packing,
+                    attention_backend=self.args.attention_backend,
+                    autocast_dtype=self._autocast_dtype,
+                )
+        except ModelChanged as error:
+            raise _reference_lost() from error
 
     def _online_reference(self, batch: PreferenceBatch) -> Tensor:
         if not self._reference.lasts:
@@ -150,6 +136,14 @@ class ReferencedTrainer(SurvivingTrainer):
             return sequence_logps(
                 reference, batch, attention_backend=self.args.attention_backend, ld_alpha=self._losses.ld_alpha
             )
+
+
+def _reference_lost() -> UserError:
+    return UserError(
+        "the reference of this new data set cannot be computed any more: with precompute_ref_log_probs=True and no "
+        "ref_model, it was the policy before training; pass the set to the constructor as eval_dataset, or fill its "
+        "cache by fastdpo.precompute with the model that training began with."
+    )
 
 
 def _no_reference(data: str) -> str:
