@@ -1,7 +1,8 @@
-"""Two mends of Triton's interpreter (seen in triton 3.6, 3.7 and 3.9), so that kernels in bf16 can be tested on a CPU.
+"""Three mends of Triton's interpreter (seen in triton 3.6, 3.7 and 3.9), so that kernels in bf16 can be tested on a CPU.
 
 - A conversion to bf16 truncates; devices round to nearest even.
 - `tl.dot` of bf16 operands multiplies the integers that hold their bits.
+- `tl.fma` rounds the product, which devices do not.
 """
 
 import numpy as np
@@ -17,7 +18,8 @@ def mend() -> None:
         return
     interpreter._mended_by_fastdpo = True
     tl, round_toward_zero = interpreter.tl, interpreter._ir.ROUNDING_MODE.RTZ
-    convert_float, create_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    convert_float, builder = interpreter._convert_float, interpreter.InterpreterBuilder
+    create_dot, create_fma = builder.create_dot, builder.create_fma
 
     def mended_convert_float(data, input_dtype, output_dtype, rounding_mode):
         narrows_to_bf16 = output_dtype == tl.bfloat16 and input_dtype in (tl.float32, tl.float16)
@@ -32,8 +34,16 @@ def mend() -> None:
         )
         return create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
+    def mended_create_fma(self, x, y, z):
+        if x.dtype.scalar != tl.float32:
+            return create_fma(self, x, y, z)
+        # The product of two float32 is exact in float64, and the sum is rounded twice, but for ties as once.
+        value = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(value.astype(np.float32), x.dtype)
+
     interpreter._convert_float = mended_convert_float
-    interpreter.InterpreterBuilder.create_dot = mended_create_dot
+    builder.create_fma = mended_create_fma
+    builder.create_dot = mended_create_dot
 
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:

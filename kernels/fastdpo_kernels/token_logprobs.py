@@ -1,22 +1,14 @@
 """Log-probabilities of given tokens from logits, in Triton: one read forward, one read and one write backward.
 
-For a row x of V logits and its label y, with s = logit_scale, T = temperature, c = softcap:
+For a row x of V logits and its label y, with z and t = z log2(e) - n as in `row`:
 
-    z_j = c tanh(s x_j / c) / T                 (without softcap: z_j = s x_j / T)
-    m   = max_j z_j,   S = sum_j exp(z_j - m)   (kept over blocks of V: when m grows, S shrinks by exp(m_old - m_new))
-    logp = (z_y - m) - log S
+    m   = max_j z_j,   S = sum_j exp(z_j - m)
+    logp = (z_y - m) - log S = t_y log 2 - log sum_j 2^t_j
     d logp / d x_j = ([j = y] - exp(z_j - m) / S) dz_j/dx_j
 
-A row is one program that walks over V in blocks. It takes the maximum of a block first and then exponentiates each
-element once: a running maximum per lane would need two exponentials an element, and the special-function unit, not the
-memory, would then set the pace. `fastdpo_kernels.eager` has the same functions in plain PyTorch,
-`token_logprobs_grad` both passes in one for logits that may be overwritten.
-
-Memory moves 128 bits at a time for every V and row stride. A row is split at the 16-byte boundaries within it,
-
-    | lead | body, whole 16-byte vectors | tail |         lead, tail: less than a vector each, together the edges
-
-the blocks cover the body, and the edges are one small block of their own.
+A row is one program. Forward, each of its threads has a maximum and sums of its own, of the columns that it holds: it
+takes the maximum of what it loaded, the anchor n follows, and then each element costs one exponential. The threads meet
+once, at the end of the row; there is no barrier in the loop.
 """
 
 import torch
@@ -24,88 +16,77 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Not measured: no GPU has run these numbers yet; they come from counting. A forward block is 32 elements a thread, four
-# 128-bit loads of bf16 in flight, at 47 registers (sm_90): ten programs fit on a multiprocessor, and while some wait in
-# the two reductions of a block, the others keep the memory busy. The backward has no reductions; with half the block it
-# needs 32 registers and fills the multiprocessor. Four warps keep the barriers of a reduction cheap.
-FORWARD_BLOCK = 4096
+from fastdpo_kernels.row import (
+    FLOOR,
+    LINEAR,
+    LN_2,
+    LOG2_E,
+    POLYNOMIAL,
+    THREADS,
+    block_columns,
+    bounded,
+    edges,
+    has_edges,
+    load_block,
+    load_one,
+    loads,
+    log2_z,
+    log_prob,
+    max_of_thread,
+    natural_z,
+    num_warps,
+    on_boundary,
+    product_of_thread,
+    relative_slope,
+    split,
+    sum_of_thread,
+    transform_of,
+)
+
+# Not measured: no GPU has run this number yet. Sixteen elements a thread need 32 registers (sm_90), and a program that
+# has no reductions fills the multiprocessor with that.
 BACKWARD_BLOCK = 2048
-NUM_WARPS = 4
-
-# Where a factor exp(d) has underflowed to 0, d itself may be -inf; no lower than this, 0 * d is 0 and not NaN.
-FLOOR = tl.constexpr(-1000.0)
 
 
 @triton.jit
-def _tanh(y):
-    """tanh(y) in float32 to about 2 ulp; libdevice is absent on some backends and in the interpreter."""
-    e = tl.exp(-2.0 * tl.abs(y))
-    far = (1.0 - e) / (1.0 + e)
-    far = tl.where(y < 0.0, -far, far)
-    # 1 - e cancels for small y: there a minimax polynomial in y^2, relative error 5e-9 on |y| < 0.625.
-    u = y * y
-    p = -0.0057049864 * u + 0.0206390861
-    p = p * u - 0.0537397154
-    p = p * u + 0.133314416
-    p = p * u - 0.333332807
-    near = y + y * (u * p)
-    return tl.where(tl.abs(y) < 0.625, near, far)
-
-
-@triton.jit
-def transform(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
-    """z of raw logits: outer * tanh(inner * x), or outer * x."""
-    if HAS_SOFTCAP:
-        x = _tanh(inner * x)
-    return outer * x
-
-
-@triton.jit
-def split(row, V, HAS_EDGES: tl.constexpr):
-    """(lead, body) of the row at this address, in elements."""
-    SIZE: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
-    VECTOR: tl.constexpr = 16 // SIZE
-    lead = 0
-    if HAS_EDGES:
-        lead = (-row.to(tl.int64) & 15).to(tl.int32) // SIZE
-    # A product with the vector, so that the compiler sees that the mask `columns < body` splits no vector. Division
-    # truncates: where the lead alone is longer than V, the body is 0.
-    return lead, (V - lead) // VECTOR * VECTOR
-
-
-@triton.jit
-def on_boundary(pointer):
-    """The pointer, which must be a multiple of 16 bytes, in a form in which the compiler knows that it is."""
-    # The rounding changes nothing. But a hint on a mere sum is lost where Triton folds the sum away.
-    return tl.multiple_of((pointer.to(tl.int64) // 16 * 16).to(pointer.dtype), 16)
-
-
-@triton.jit
-def edges(row, lead, body, V):
-    """Columns of the lead and, after them, of the tail, and which of them there are. At most a vector less one each."""
-    i = tl.arange(0, 256 // row.dtype.element_ty.primitive_bitwidth)
-    columns = i + tl.where(i < lead, 0, body)
-    return columns, columns < V
+def shrink_sums(n, new_n, total, total_et, total_ee):
+    """Factor 2^(n - new_n), and the sums of 2^t t and of 4^t of the anchor n as they are with the new one."""
+    d = n - new_n
+    factor = tl.exp2(d)
+    return factor, factor * (total_et + total * tl.maximum(d, FLOOR)), factor * factor * total_ee
 
 
 @triton.jit
 def _fold(
-    x, inside, m, total, total_z, total_ed, total_ee, inner, outer, HAS_SOFTCAP: tl.constexpr, HAS_STATS: tl.constexpr
-):
-    """The maximum m of z, sum e, sum z, sum e (z - m) and sum e^2 with one more block x, where e = exp(z - m)."""
-    z = tl.where(inside, transform(x.to(tl.float32), inner, outer, HAS_SOFTCAP), -float("inf"))
-    new_m = tl.maximum(m, tl.max(z, axis=0))
-    anchor = tl.where(new_m == -float("inf"), 0.0, new_m)  # all masked so far: -inf - -inf would be NaN
-    d = z - anchor
-    e = tl.exp(d)
-    shrink = tl.exp(m - anchor)
+    block, size, m, n, total, total_z, total_et, total_ee, inner, outer2,
+    KIND: tl.constexpr, FLIP: tl.constexpr, HAS_STATS: tl.constexpr, MASKED: tl.constexpr,
+    THREADS: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    """The state of each thread with one more block, of `size` columns where MASKED: the maximum m of x and its anchor
+    n, and the sums of e = 2^t, of z (of x where LINEAR), e t and e^2. All are (THREADS,).
+    """
+    x = load_block(block, size, THREADS, LOADS, MASKED, FLIP)
+    m = tl.maximum(m, max_of_thread(x))
+    new_n = log2_z(bounded(m, inner, KIND), outer2, 0.0, KIND)
+    new_n = tl.where(new_n == -float("inf"), 0.0, new_n)  # all masked so far: -inf - -inf would be NaN
+    t = log2_z(bounded(x, inner, KIND), outer2, new_n[None, :, None], KIND)
+    if MASKED:
+        inside = block_columns(THREADS, LOADS, x.shape[2]) < size
+        t = tl.where(inside, t, -float("inf"))  # under a softcap x = -inf has a finite z
+    e = tl.exp2(t)
     if HAS_STATS:
-        total_z += tl.sum(tl.where(inside, z, 0.0), axis=0)
-        moved = tl.maximum(m - anchor, FLOOR)
-        total_ed = shrink * (total_ed + total * moved) + tl.sum(e * tl.maximum(d, FLOOR), axis=0)
-        total_ee = shrink * shrink * total_ee + tl.sum(e * e, axis=0)
-    total = shrink * total + tl.sum(e, axis=0)
-    return new_m, total, total_z, total_ed, total_ee
+        factor, total_et, total_ee = shrink_sums(n, new_n, total, total_et, total_ee)
+        if KIND != LINEAR:
+            x = t + new_n[None, :, None]
+        if MASKED:
+            x = tl.where(inside, x, 0.0)
+        total_z += sum_of_thread(x)
+        total_et += product_of_thread(e, tl.maximum(t, FLOOR))
+        total_ee += product_of_thread(e, e)
+    else:
+        factor = tl.exp2(n - new_n)
+    total = tl.fma(total, factor, sum_of_thread(e))
+    return m, new_n, total, total_z, total_et, total_ee
 
 
 # The body's alignment is worked out here, not left to Triton's specialisation on arguments that happen to be divisible
@@ -126,10 +107,13 @@ def _token_logprobs_fwd_kernel(
     ignore_index,
     inner,
     outer,
-    HAS_SOFTCAP: tl.constexpr,
+    outer2,
+    KIND: tl.constexpr,
+    FLIP: tl.constexpr,
     HAS_STATS: tl.constexpr,
     HAS_EDGES: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    THREADS: tl.constexpr,
+    LOADS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
@@ -144,55 +128,76 @@ def _token_logprobs_fwd_kernel(
 
     logits += row * row_stride
     # An out-of-range label reads nothing, and its NaN becomes the log-prob.
-    label_x = tl.load(logits + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
-    label_z = transform(label_x, inner, outer, HAS_SOFTCAP)
+    label_x = load_one(logits, label, (label >= 0) & (label < V), FLIP)
 
-    m = tl.full((), -float("inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    total_z = tl.zeros((), tl.float32)
-    total_ed = tl.zeros((), tl.float32)
-    total_ee = tl.zeros((), tl.float32)
+    m = tl.full((THREADS,), -float("inf"), tl.float32)
+    n = tl.full((THREADS,), -float("inf"), tl.float32)
+    total = tl.zeros((THREADS,), tl.float32)
+    total_z = tl.zeros((THREADS,), tl.float32)
+    total_et = tl.zeros((THREADS,), tl.float32)
+    total_ee = tl.zeros((THREADS,), tl.float32)
     lead, body = split(logits, V, HAS_EDGES)
     body_x = on_boundary(logits + lead)
-    for start in range(0, body, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
-        inside = columns < body
-        x = tl.load(body_x + columns, mask=inside, other=0.0)  # (BLOCK_V,)
-        m, total, total_z, total_ed, total_ee = _fold(
-            x, inside, m, total, total_z, total_ed, total_ee, inner, outer, HAS_SOFTCAP, HAS_STATS
-        )
+    BLOCK: tl.constexpr = LOADS * THREADS * (128 // logits.dtype.element_ty.primitive_bitwidth)
+    whole = body // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        m, n, total, total_z, total_et, total_ee = _fold(
+            body_x + start, BLOCK, m, n, total, total_z, total_et, total_ee, inner, outer2,
+            KIND, FLIP, HAS_STATS, False, THREADS, LOADS,
+        )  # fmt: skip
+    if whole < body:
+        m, n, total, total_z, total_et, total_ee = _fold(
+            body_x + whole, body - whole, m, n, total, total_z, total_et, total_ee, inner, outer2,
+            KIND, FLIP, HAS_STATS, True, THREADS, LOADS,
+        )  # fmt: skip
+
+    row_m = tl.max(m, axis=0)
     if HAS_EDGES:  # after the body, which has brought their lines into the caches
         columns, inside = edges(logits, lead, body, V)
-        x = tl.load(logits + columns, mask=inside, other=0.0)
-        m, total, total_z, total_ed, total_ee = _fold(
-            x, inside, m, total, total_z, total_ed, total_ee, inner, outer, HAS_SOFTCAP, HAS_STATS
-        )
+        edge_x = tl.load(logits + columns, mask=inside, other=0.0).to(tl.float32)
+        edge_x = tl.where(inside, 0.0 - edge_x if FLIP else edge_x, -float("inf"))
+        row_m = tl.maximum(row_m, tl.max(edge_x, axis=0))
+    row_b = bounded(row_m, inner, KIND)
+    anchor = log2_z(row_b, outer2, 0.0, KIND)
+    anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
+    factor, total_et, total_ee = shrink_sums(n, anchor, total, total_et, total_ee)
+    sum_e = tl.sum(total * factor, axis=0)
+    sum_z = tl.sum(total_z, axis=0)
+    sum_et = tl.sum(total_et, axis=0)
+    sum_ee = tl.sum(total_ee, axis=0)
+    if HAS_EDGES:
+        t = log2_z(bounded(edge_x, inner, KIND), outer2, anchor, KIND)
+        t = tl.where(inside, t, -float("inf"))
+        e = tl.exp2(t)
+        sum_e += tl.sum(e, axis=0)
+        if HAS_STATS:
+            sum_z += tl.sum(tl.where(inside, edge_x if KIND == LINEAR else t + anchor, 0.0), axis=0)
+            sum_et += tl.sum(e * tl.maximum(t, FLOOR), axis=0)
+            sum_ee += tl.sum(e * e, axis=0)
 
-    anchor = tl.where(m == -float("inf"), 0.0, m)
-    log_total = tl.log(total)
-    # m and log S apart: their sum would be rounded at the size of m, and logp and gradient with it.
-    tl.store(logps + row, (label_z - anchor) - log_total)
-    tl.store(norms + row, anchor)
-    tl.store(norms + n_rows + row, log_total)
+    # The anchor is the maximum but for its rounding, which `row_t` takes back. m and log S apart: their sum would be
+    # rounded at the size of m, and logp and gradient with it.
+    row_z = natural_z(row_b, outer, KIND)
+    empty = row_z == -float("inf")
+    row_t = tl.where(empty, 0.0, log2_z(row_b, outer2, anchor, KIND))
+    log_sum = tl.log(sum_e * tl.exp2(-row_t))
+    label_b = bounded(label_x, inner, KIND)
+    tl.store(logps + row, log_prob(log2_z(label_b, outer2, anchor, KIND) - row_t, log_sum))
+    tl.store(norms + row, tl.where(empty, 0.0, row_z))
+    tl.store(norms + n_rows + row, log_sum)
     if HAS_STATS:
-        tl.store(stats + row, log_total - total_ed / total)
-        tl.store(stats + n_rows + row, total_z / V)
-        tl.store(stats + 2 * n_rows + row, (label_z >= m).to(tl.float32))
-        tl.store(stats + 3 * n_rows + row, tl.log(total_ee) - 2.0 * log_total)
+        tl.store(stats + row, log_sum - (sum_et / sum_e - row_t) * LN_2)
+        tl.store(stats + n_rows + row, sum_z / V * (outer if KIND == LINEAR else LN_2))
+        tl.store(stats + 2 * n_rows + row, (natural_z(label_b, outer, KIND) >= row_z).to(tl.float32))
+        tl.store(stats + 3 * n_rows + row, tl.log(sum_ee * tl.exp2(-2.0 * row_t)) - 2.0 * log_sum)
 
 
 @triton.jit
-def _gradient(x, is_label, m, grad, share, inner, outer, HAS_SOFTCAP: tl.constexpr):
+def _gradient(x, is_label, m, grad, share, inner, outer, slope, KIND: tl.constexpr):
     """(grad * onehot - share * exp(z - m)) * dz/dx of a block x."""
-    x = x.to(tl.float32)
-    if HAS_SOFTCAP:
-        t = _tanh(inner * x)
-        z = outer * t
-        slope = outer * inner * (1.0 - t * t)
-    else:
-        z = outer * x
-        slope = outer
-    return (tl.where(is_label, grad, 0.0) - share * tl.exp(z - m)) * slope
+    b = bounded(x.to(tl.float32), inner, KIND)
+    e = tl.exp2((natural_z(b, outer, KIND) - m) * LOG2_E)
+    return (tl.where(is_label, grad, 0.0) - share * e) * (slope * relative_slope(b, KIND))
 
 
 @triton.jit(
@@ -212,7 +217,8 @@ def _token_logprobs_bwd_kernel(
     ignore_index,
     inner,
     outer,
-    HAS_SOFTCAP: tl.constexpr,
+    slope,
+    KIND: tl.constexpr,
     HAS_EDGES: tl.constexpr,
     ALIGNED_ALIKE: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -245,28 +251,15 @@ def _token_logprobs_bwd_kernel(
         columns = start + tl.arange(0, BLOCK_V)
         inside = columns < body
         x = tl.load(body_x + columns, mask=inside, other=0.0)  # (BLOCK_V,)
-        dx = _gradient(x, columns == label - lead, m, grad, share, inner, outer, HAS_SOFTCAP)
+        dx = _gradient(x, columns == label - lead, m, grad, share, inner, outer, slope, KIND)
         tl.store(body_out + columns, dx.to(out.dtype.element_ty), mask=inside)
     if HAS_EDGES:
         columns, inside = edges(out, lead, body, V)
         # Every warp loads these few columns, and one stores them, which may be over the logits. What a late warp reads
         # goes nowhere: no value passes from a thread to another here. With a reduction it would take a barrier.
         x = tl.load(logits + columns, mask=inside, other=0.0)
-        dx = _gradient(x, columns == label, m, grad, share, inner, outer, HAS_SOFTCAP)
+        dx = _gradient(x, columns == label, m, grad, share, inner, outer, slope, KIND)
         tl.store(out + columns, dx.to(out.dtype.element_ty), mask=inside)
-
-
-def factors(temperature: float, softcap: float | None, logit_scale: float) -> tuple[float, float]:
-    """(inner, outer) such that z = outer * tanh(inner * x); without softcap z = outer * x and inner is unused."""
-    if softcap is None:
-        return 1.0, logit_scale / temperature
-    return logit_scale / softcap, softcap / temperature
-
-
-def has_edges(x: Tensor) -> bool:
-    """Whether a row of x (N, V) may begin or end within a 16-byte vector."""
-    row_stride, v = x.stride(0) * x.element_size(), x.shape[1] * x.element_size()
-    return x.data_ptr() % 16 != 0 or row_stride % 16 != 0 or v % 16 != 0
 
 
 def _aligned_alike(x: Tensor, y: Tensor) -> bool:
@@ -274,9 +267,9 @@ def _aligned_alike(x: Tensor, y: Tensor) -> bool:
     return (x.data_ptr() - y.data_ptr()) % 16 == 0 and (x.stride(0) - y.stride(0)) * x.element_size() % 16 == 0
 
 
-def block(v: int, largest: int) -> int:
+def backward_block(v: int) -> int:
     """Columns of a block. Each power of two is a kernel of its own; below 1024 a thread has not one vector of bf16."""
-    return min(largest, max(1024, triton.next_power_of_2(v)))
+    return min(BACKWARD_BLOCK, max(1024, triton.next_power_of_2(v)))
 
 
 def token_logprobs_fwd(
@@ -304,7 +297,7 @@ def token_logprobs_fwd(
     norms = torch.empty(2, n, dtype=torch.float32, device=logits.device)
     statistics = torch.empty(4, n, dtype=torch.float32, device=logits.device) if stats else None
     if n > 0:
-        inner, outer = factors(temperature, softcap, logit_scale)
+        transform = transform_of(logits.dtype, temperature, softcap, logit_scale)
         with torch.cuda.device_of(logits):  # Triton launches on the current device; a no-op for CPU tensors
             _token_logprobs_fwd_kernel[(n,)](
                 logits,
@@ -316,13 +309,16 @@ def token_logprobs_fwd(
                 n,
                 v,
                 ignore_index,
-                inner,
-                outer,
-                HAS_SOFTCAP=softcap is not None,
+                transform.inner,
+                transform.outer,
+                transform.outer * LOG2_E.value,
+                KIND=transform.KIND,
+                FLIP=transform.FLIP,
                 HAS_STATS=stats,
                 HAS_EDGES=has_edges(logits),
-                BLOCK_V=block(v, FORWARD_BLOCK),
-                num_warps=NUM_WARPS,
+                THREADS=THREADS,
+                LOADS=loads(logits.dtype, heavy=stats and POLYNOMIAL.value == transform.KIND),
+                num_warps=num_warps(),
             )
     return logps, norms, statistics
 
@@ -350,7 +346,8 @@ def token_logprobs_bwd(
     assert out.shape == logits.shape and out.dtype == logits.dtype
     assert labels.shape == grad_logps.shape == (n,) and norms.shape == (2, n)
     if n > 0:
-        inner, outer = factors(temperature, softcap, logit_scale)
+        transform = transform_of(logits.dtype, temperature, softcap, logit_scale)
+        inner, outer = transform.signed()
         with torch.cuda.device_of(logits):
             _token_logprobs_bwd_kernel[(n,)](
                 logits,
@@ -365,10 +362,11 @@ def token_logprobs_bwd(
                 ignore_index,
                 inner,
                 outer,
-                HAS_SOFTCAP=softcap is not None,
+                transform.slope,
+                KIND=transform.KIND,
                 HAS_EDGES=has_edges(out),
                 ALIGNED_ALIKE=_aligned_alike(logits, out),
-                BLOCK_V=block(v, BACKWARD_BLOCK),
-                num_warps=NUM_WARPS,
+                BLOCK_V=backward_block(v),
+                num_warps=num_warps(),
             )
     return out

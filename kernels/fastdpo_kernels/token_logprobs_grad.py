@@ -1,16 +1,18 @@
 """Log-probabilities and their gradient over the logits, in Triton, in one pass: one read and one write.
 
-With z, m and S as in `token_logprobs`, any anchor a in place of m, and q of the label y set apart,
+With t = z log2(e) - n as in `row`, one anchor n for the row, and q of the label y set apart,
 
-    e_j = exp(z_j - a),   T = sum_j e_j,   logp = (z_y - a) - log T
-    q_j = e_j dz_j/dx_j,  q_y = (e_y - T) dz_y/dx_y
-    d logp / d x_j = -q_j / T
+    e_j = 2^t_j,   T = sum_j e_j,   logp = t_y log 2 - log T
+    q_j = e_j s_j,  q_y = (e_y - T) s_y      s_j = dz_j/dx_j over its value at x = 0
+    d logp / d x_j = -(dz/dx at 0) q_j / T
 
 q can be written over x as the row is read, before T is known: what it lacks is a factor of the whole row, which whoever
 multiplies q applies to the other, small operand. The anchor is the maximum of the first block. Where a later one rises
 above it by more than LIMIT, what is written so far is made smaller and the anchor moves. (Of 2,048 rows of English text
-in SmolLM2-135M none rises above its first block's maximum by more than 10.2.) A forward and a backward kernel would
+in SmolLM2-135M none rises above its first 2,048 columns by more than 10.2 nats.) A forward and a backward kernel would
 read the row twice.
+
+The maximum of a block is the one thing for which the threads meet in the loop; sums are each thread's own.
 """
 
 from typing import Any
@@ -21,86 +23,106 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo_kernels.eager import lifted
-from fastdpo_kernels.token_logprobs import (
-    BACKWARD_BLOCK,
+from fastdpo_kernels.row import (
+    DIVISION,
     FLOOR,
-    NUM_WARPS,
-    block,
+    LINEAR,
+    LN_2,
+    LOG2_E,
+    POLYNOMIAL,
+    THREADS,
+    block_columns,
+    bounded,
     edges,
-    factors,
     has_edges,
+    load_block,
+    load_one,
+    loads,
+    log2_z,
+    log_prob,
+    natural_z,
+    num_warps,
     on_boundary,
+    product_of_thread,
+    relative_slope,
     split,
-    token_logprobs_bwd,
-    token_logprobs_fwd,
-    transform,
+    sum_of_thread,
+    transform_of,
 )
+from fastdpo_kernels.token_logprobs import shrink_sums, token_logprobs_bwd, token_logprobs_fwd
 
-# A block as in the backward, not measured, for no GPU has run it yet: of 2048 columns a thread holds 16, at 40 to 71
-# registers (sm_90). With 4096 it took 60 to 139, and several variants spilled.
-
-# The largest sum, that of e^2, is at most exp(2 LIMIT) V, far from the largest float32; and the factor of a row is at
-# least exp(-LIMIT) / V, so that a gradient times it is far from the smallest.
-LIMIT = tl.constexpr(16.0)
+# In units of log2. The largest sum, that of e^2, is at most 4^LIMIT V, far from the largest float32; and the factor of
+# a row is at least 2^-LIMIT / V, so that a gradient times it is far from the smallest.
+LIMIT = tl.constexpr(24.0)
 
 
 @triton.jit
-def _slope(z, inner, outer, HAS_SOFTCAP: tl.constexpr):
-    """dz/dx, of z: tanh need not be kept over the reductions of a block."""
-    if HAS_SOFTCAP:
-        t = z / outer
-        return outer * inner * (1.0 - t * t)
-    else:
-        return outer
-
-
-@triton.jit
-def _rescale(body_x, end, factor, BLOCK_V: tl.constexpr):
+def _rescale(body_x, end, factor, THREADS: tl.constexpr):
     """Multiplies the first `end` columns of a body by the factor."""
     tl.debug_barrier()  # another thread may have written them
-    for start in range(0, end, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
+    BLOCK: tl.constexpr = THREADS * (128 // body_x.dtype.element_ty.primitive_bitwidth)
+    for start in range(0, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
         q = tl.load(body_x + columns, mask=columns < end, other=0.0).to(tl.float32)
         tl.store(body_x + columns, (factor * q).to(body_x.dtype.element_ty), mask=columns < end)
 
 
 @triton.jit
-def _fold_anchored(
-    z,
-    inside,
-    written,
-    body_x,
-    m,
-    anchor,
-    total,
-    total_z,
-    total_ed,
-    total_ee,
-    HAS_STATS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+def _anchored(
+    block_m, written, body_x, n, total, total_et, total_ee, inner, outer2, KIND: tl.constexpr, THREADS: tl.constexpr
 ):
-    """As `_fold`, and exp(z - anchor). The anchor follows the maximum only where it falls behind by more than LIMIT.
+    """The anchor n and the sums of each thread, which follow a block's maximum of x only where it is far above n.
 
     Then what was written, the first `written` columns of the body, is made smaller, too.
     """
-    z = tl.where(inside, z, -float("inf"))
-    block_m = tl.max(z, axis=0)
-    if block_m > anchor + LIMIT:
-        factor = tl.exp(anchor - block_m)
-        _rescale(body_x, written, factor, BLOCK_V)
-        if HAS_STATS:
-            total_ed = factor * (total_ed + total * tl.maximum(anchor - block_m, FLOOR))
-            total_ee = factor * factor * total_ee
+    block_n = log2_z(bounded(block_m, inner, KIND), outer2, 0.0, KIND)
+    if block_n > n + LIMIT:
+        factor, total_et, total_ee = shrink_sums(n, block_n, total, total_et, total_ee)
+        _rescale(body_x, written, factor, THREADS)
         total = factor * total
-        anchor = block_m
-    d = z - tl.where(anchor == -float("inf"), 0.0, anchor)  # all masked so far: -inf - -inf would be NaN
-    e = tl.exp(d)
+        n = block_n
+    # All masked so far: -inf - -inf would be NaN.
+    return n, tl.where(n == -float("inf"), 0.0, n), total, total_et, total_ee
+
+
+@triton.jit
+def _fold(
+    body_x, start, body, m, n, total, total_z, total_et, total_ee, inner, outer2,
+    KIND: tl.constexpr, FLIP: tl.constexpr, HAS_STATS: tl.constexpr, MASKED: tl.constexpr,
+    THREADS: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    """The state with one more block, which begins at column `start` of the body and becomes q. As in `token_logprobs`,
+    but the maximum m of x and the anchor n are the row's.
+    """
+    block = body_x + start
+    x = load_block(block, body - start, THREADS, LOADS, MASKED, FLIP)
+    columns = block_columns(THREADS, LOADS, x.shape[2])
+    inside = columns < body - start
+    block_m = tl.max(tl.max(tl.max(x, axis=2), axis=0), axis=0)
+    n, anchor, total, total_et, total_ee = _anchored(
+        block_m, start, body_x, n, total, total_et, total_ee, inner, outer2, KIND, THREADS
+    )
+    b = bounded(x, inner, KIND)
+    t = log2_z(b, outer2, anchor, KIND)
+    if MASKED:
+        t = tl.where(inside, t, -float("inf"))  # under a softcap x = -inf has a finite z
+    e = tl.exp2(t)
+    total += sum_of_thread(e)
     if HAS_STATS:
-        total_z += tl.sum(tl.where(inside, z, 0.0), axis=0)
-        total_ed += tl.sum(e * tl.maximum(d, FLOOR), axis=0)
-        total_ee += tl.sum(e * e, axis=0)
-    total += tl.sum(e, axis=0)
-    return e, tl.maximum(m, block_m), anchor, total, total_z, total_ed, total_ee
+        m = tl.maximum(m, block_m)
+        if KIND != LINEAR:
+            x = t + anchor
+        if MASKED:
+            x = tl.where(inside, x, 0.0)
+        total_z += sum_of_thread(x)
+        total_et += product_of_thread(e, tl.maximum(t, FLOOR))
+        total_ee += product_of_thread(e, e)
+    q = (e * relative_slope(b, KIND)).to(block.dtype.element_ty)
+    if MASKED:
+        tl.store(block + columns, q, mask=inside)
+    else:
+        tl.store(block + columns, q)
+    return m, n, total, total_z, total_et, total_ee
 
 
 @triton.jit(
@@ -119,20 +141,25 @@ def _token_logprobs_fwd_grad_kernel(
     ignore_index,
     inner,
     outer,
-    HAS_SOFTCAP: tl.constexpr,
+    outer2,
+    slope,
+    KIND: tl.constexpr,
+    FLIP: tl.constexpr,
     HAS_STATS: tl.constexpr,
     HAS_EDGES: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    THREADS: tl.constexpr,
+    LOADS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     lead, body = split(logits, V, HAS_EDGES)
     body_x = on_boundary(logits + lead)
+    BLOCK: tl.constexpr = LOADS * THREADS * (128 // logits.dtype.element_ty.primitive_bitwidth)
     label = tl.load(labels + row)
     if label == ignore_index:
-        zeros = tl.zeros((BLOCK_V,), logits.dtype.element_ty)
-        for start in range(0, body, BLOCK_V):
-            columns = start + tl.arange(0, BLOCK_V)
+        zeros = tl.zeros((BLOCK,), logits.dtype.element_ty)
+        for start in range(0, body, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
             tl.store(body_x + columns, zeros, mask=columns < body)
         if HAS_EDGES:
             columns, inside = edges(logits, lead, body, V)
@@ -145,47 +172,65 @@ def _token_logprobs_fwd_grad_kernel(
         return
 
     in_range = (label >= 0) & (label < V)
-    label_x = tl.load(logits + label, mask=in_range, other=float("nan"))
-    label_z = transform(label_x.to(tl.float32), inner, outer, HAS_SOFTCAP)
+    label_b = bounded(load_one(logits, label, in_range, FLIP), inner, KIND)
     m = tl.full((), -float("inf"), tl.float32)
-    anchor = tl.full((), -float("inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    total_z = tl.zeros((), tl.float32)
-    total_ed = tl.zeros((), tl.float32)
-    total_ee = tl.zeros((), tl.float32)
-    for start in range(0, body, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
-        inside = columns < body
-        x = tl.load(body_x + columns, mask=inside, other=0.0)  # (BLOCK_V,)
-        z = transform(x.to(tl.float32), inner, outer, HAS_SOFTCAP)
-        e, m, anchor, total, total_z, total_ed, total_ee = _fold_anchored(
-            z, inside, start, body_x, m, anchor, total, total_z, total_ed, total_ee, HAS_STATS, BLOCK_V
-        )
-        tl.store(body_x + columns, (_slope(z, inner, outer, HAS_SOFTCAP) * e).to(logits.dtype.element_ty), mask=inside)
+    n = tl.full((), -float("inf"), tl.float32)
+    total = tl.zeros((THREADS,), tl.float32)
+    total_z = tl.zeros((THREADS,), tl.float32)
+    total_et = tl.zeros((THREADS,), tl.float32)
+    total_ee = tl.zeros((THREADS,), tl.float32)
+    whole = body // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        m, n, total, total_z, total_et, total_ee = _fold(
+            body_x, start, body, m, n, total, total_z, total_et, total_ee, inner, outer2,
+            KIND, FLIP, HAS_STATS, False, THREADS, LOADS,
+        )  # fmt: skip
+    if whole < body:
+        m, n, total, total_z, total_et, total_ee = _fold(
+            body_x, whole, body, m, n, total, total_z, total_et, total_ee, inner, outer2,
+            KIND, FLIP, HAS_STATS, True, THREADS, LOADS,
+        )  # fmt: skip
     if HAS_EDGES:
         columns, inside = edges(logits, lead, body, V)
-        x = tl.load(logits + columns, mask=inside, other=0.0)
+        edge_x = tl.load(logits + columns, mask=inside, other=0.0).to(tl.float32)
         # Every warp holds all of these few columns, and one of them stores them. Without a barrier a late warp would
         # read what was stored, and could take the branch of the rescaling alone, whose barrier is for all.
         tl.debug_barrier()
-        z = transform(x.to(tl.float32), inner, outer, HAS_SOFTCAP)
-        e, m, anchor, total, total_z, total_ed, total_ee = _fold_anchored(
-            z, inside, body, body_x, m, anchor, total, total_z, total_ed, total_ee, HAS_STATS, BLOCK_V
+        edge_x = tl.where(inside, 0.0 - edge_x if FLIP else edge_x, -float("inf"))
+        edge_m = tl.max(edge_x, axis=0)
+        m = tl.maximum(m, edge_m)
+        n, anchor, total, total_et, total_ee = _anchored(
+            edge_m, body, body_x, n, total, total_et, total_ee, inner, outer2, KIND, THREADS
         )
-        tl.store(logits + columns, (_slope(z, inner, outer, HAS_SOFTCAP) * e).to(logits.dtype.element_ty), mask=inside)
+        edge_b = bounded(edge_x, inner, KIND)
+        edge_t = tl.where(inside, log2_z(edge_b, outer2, anchor, KIND), -float("inf"))
+        edge_e = tl.exp2(edge_t)
+        edge_q = (edge_e * relative_slope(edge_b, KIND)).to(logits.dtype.element_ty)
+        tl.store(logits + columns, edge_q, mask=inside)
 
-    d = label_z - tl.where(anchor == -float("inf"), 0.0, anchor)
-    log_total = tl.log(total)
-    tl.store(logps + row, d - log_total)
-    tl.store(scales + row, tl.where(in_range, -1.0 / total, float("nan")))
+    sum_e = tl.sum(total, axis=0)
+    sum_z = tl.sum(total_z, axis=0)
+    sum_et = tl.sum(total_et, axis=0)
+    sum_ee = tl.sum(total_ee, axis=0)
+    if HAS_EDGES:
+        sum_e += tl.sum(edge_e, axis=0)
+        if HAS_STATS:
+            sum_z += tl.sum(tl.where(inside, edge_x if KIND == LINEAR else edge_t + anchor, 0.0), axis=0)
+            sum_et += tl.sum(edge_e * tl.maximum(edge_t, FLOOR), axis=0)
+            sum_ee += tl.sum(edge_e * edge_e, axis=0)
+    label_t = log2_z(label_b, outer2, tl.where(n == -float("inf"), 0.0, n), KIND)
+    log_sum = tl.log(sum_e)
+    tl.store(logps + row, log_prob(label_t, log_sum))
+    tl.store(scales + row, tl.where(in_range, -slope / sum_e, float("nan")))
     tl.debug_barrier()  # another thread has written the label's column
-    label_q = (tl.exp(d) - total) * _slope(label_z, inner, outer, HAS_SOFTCAP)
+    label_q = (tl.exp2(label_t) - sum_e) * relative_slope(label_b, KIND)
     tl.store(logits + label, label_q.to(logits.dtype.element_ty), mask=in_range)
     if HAS_STATS:
-        tl.store(stats + row, log_total - total_ed / total)
-        tl.store(stats + n_rows + row, total_z / V)
-        tl.store(stats + 2 * n_rows + row, (label_z >= m).to(tl.float32))
-        tl.store(stats + 3 * n_rows + row, tl.log(total_ee) - 2.0 * log_total)
+        row_z = natural_z(bounded(m, inner, KIND), outer, KIND)
+        tl.store(stats + row, log_sum - sum_et / sum_e * LN_2)
+        tl.store(stats + n_rows + row, sum_z / V * (outer if KIND == LINEAR else LN_2))
+        tl.store(stats + 2 * n_rows + row, (natural_z(label_b, outer, KIND) >= row_z).to(tl.float32))
+        tl.store(stats + 3 * n_rows + row, tl.log(sum_ee) - 2.0 * log_sum)
 
 
 def token_logprobs_fwd_grad(
@@ -219,7 +264,8 @@ def token_logprobs_fwd_grad(
     scales = torch.empty_like(logps)
     statistics = torch.empty(4, n, dtype=torch.float32, device=logits.device) if stats else None
     if n > 0:
-        inner, outer = factors(temperature, softcap, logit_scale)
+        transform = transform_of(logits.dtype, temperature, softcap, logit_scale)
+        heavy = POLYNOMIAL.value == transform.KIND or (DIVISION.value == transform.KIND and stats)
         with torch.cuda.device_of(logits):
             _token_logprobs_fwd_grad_kernel[(n,)](
                 logits,
@@ -231,12 +277,16 @@ def token_logprobs_fwd_grad(
                 n,
                 v,
                 ignore_index,
-                inner,
-                outer,
-                HAS_SOFTCAP=softcap is not None,
+                transform.inner,
+                transform.outer,
+                transform.outer * LOG2_E.value,
+                transform.slope,
+                KIND=transform.KIND,
+                FLIP=transform.FLIP,
                 HAS_STATS=stats,
                 HAS_EDGES=has_edges(logits),
-                BLOCK_V=block(v, BACKWARD_BLOCK),
-                num_warps=NUM_WARPS,
+                THREADS=THREADS,
+                LOADS=loads(logits.dtype, heavy=heavy),
+                num_warps=num_warps(),
             )
     return logps, scales, statistics

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 from ptx import races
+from sass import main_loop
 
 from fastdpo_kernels import gather_kv, token_logprobs, token_logprobs_grad
 
@@ -165,7 +166,8 @@ def gather_variants(whole: Sequence[int]) -> Iterator[tuple[dict[str, Any], Any]
             yield {"kernel": kernel, "variant": name, "kernels": count}, compiled
 
 
-def cuda_resources(cubin: bytes) -> dict[str, Any]:
+def cuda_resources(cubin: bytes, itemsize: int | None) -> dict[str, Any]:
+    """What a kernel uses, and of a row kernel, for logits of this size, what its main loop executes for an element."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -174,7 +176,17 @@ def cuda_resources(cubin: bytes) -> dict[str, Any]:
             for tool, option in [(triton.knobs.nvidia.cuobjdump, "-res-usage"), (triton.knobs.nvidia.nvdisasm, "-c")]
         )
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    executed = {}
+    if itemsize is not None:
+        loop = main_loop(assembly)
+        elements = loop.bytes_of_block() / itemsize
+        executed = {
+            "instructions": len(loop.instructions) / elements,
+            "special": loop.count("MUFU") / elements,
+            "barriers": loop.count("BAR"),
+        }
     return {
+        **executed,
         "registers": numbers["REG"],
         "spills": numbers["STACK"] + numbers["LOCAL"],
         "loads": collections.Counter(re.findall(r"\bLDG\.[A-Z0-9.]+", assembly)),
@@ -201,7 +213,8 @@ if __name__ == "__main__":
         triton.runtime.driver.set_active(MockDriver(gpu))
         for what, kernel in itertools.chain(variants(arguments.whole), gather_variants(arguments.whole)):
             asm = kernel.asm
-            made = cuda_resources(asm["cubin"]) if "cubin" in asm else hip_resources(asm["amdgcn"])
+            itemsize = None if what["kernel"].startswith("gather") else (2 if "16" in what["variant"] else 4)
+            made = cuda_resources(asm["cubin"], itemsize) if "cubin" in asm else hip_resources(asm["amdgcn"])
             if "ptx" in asm:
                 made["races"] = races(asm["ptx"])
             print(json.dumps({"gpu": gpu, **what, **made}), flush=True)

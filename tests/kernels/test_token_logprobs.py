@@ -104,7 +104,7 @@ def check(implementation, logits: Tensor, labels: Tensor, grad: Tensor, **option
     precision = torch.float64 if logits.dtype == torch.float64 else torch.float32
     transform = {k: v for k, v in options.items() if k != "ignore_index"}
     z = oracle.transformed(logits.double(), **transform)
-    slope = options.get("logit_scale", 1.0) / options.get("temperature", 1.0)
+    slope = abs(options.get("logit_scale", 1.0)) / options.get("temperature", 1.0)
     z_is_exact = options.get("softcap") is None and math.frexp(slope)[0] == 0.5
     size = z.abs().masked_fill(~z.isfinite(), 0).amax(1)  # (N,)
     roundings = 8 if precision == torch.float64 else 2  # in float64 the oracle's own count too
@@ -172,7 +172,7 @@ LABELS = st.one_of(st.integers(0, 9000), st.sampled_from(["ignored", "below", "v
     ignore_index=st.sampled_from([-100, 0, -1]),
     temperature=st.sampled_from([1.0, 0.7, 2.0]),
     softcap=st.sampled_from([None, 30.0, 2.0, 1000.0]),
-    logit_scale=st.sampled_from([1.0, 0.0625, 1.5]),
+    logit_scale=st.sampled_from([1.0, 0.0625, 1.5, -0.5]),
     seed=st.integers(0, 2**16),
 )
 def test_agrees_with_float64(implementation, v, dtype, kind, row_gap, labels, ignore_index, seed, **options):
@@ -192,6 +192,34 @@ def test_large_vocabularies(implementation, v, dtype):
     labels = torch.tensor([int(logits[0].argmax()), v - 1])
     result = check(implementation, logits, labels, torch.tensor([1.0, -0.5]))
     assert result["stats"][2].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("softcap", [30.0, 32.0, 33.0])
+def test_softcap_of_bf16_logits_errs_by_a_few_millionths(implementation, softcap):
+    """By 4e-6 nats in the label's logit and in the log-sum-exp, where their errors do not cancel."""
+    logits = torch.linspace(-3, 3, 4096).mul(torch.tensor([[0.01], [1.0], [10.0], [100.0]])).bfloat16()
+    for label in (0, 2000, 2600, 4095):
+        labels = torch.full((4,), label)
+        result = run(implementation, logits, labels, torch.ones(4), softcap=softcap)
+        truth = oracle.token_logprobs(logits, labels, softcap=softcap)
+        assert (result["logps"].double() - truth["logps"]).abs().max() <= 8e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_logit_alone_has_all_the_mass(implementation, dtype):
+    """Wherever it stands: in the lead, any vector of a block, the masked block or the tail; every other is masked."""
+    module, device = implementation
+    v = 4096 + 2048 + 13
+    places = torch.tensor([0, 3, 8, 4095, 4096, 4104, 5000, 6144, v - 5, v - 1])
+    logits = torch.full((len(places), v), -math.inf).scatter(1, places[:, None], 7.5).to(dtype)
+    for placed in (Placed(module, gap=0, offset=0), ByFwdGrad(module, 1, 3)):
+        for options in ({}, {"logit_scale": -1.0}):
+            x = -logits if options else logits
+            result = run((placed, device), x, places, torch.ones(len(places)), **options)
+            assert not result["gradient"].any()
+            assert (result["logps"] <= 0).all() and (result["logps"] >= -1e-6).all()
+            assert result["stats"][[0, 3]].abs().max() <= 1e-6
+            assert (result["stats"][2] == 1).all() and (result["stats"][1] == -math.inf).all()
 
 
 def test_no_rows(implementation):
@@ -396,7 +424,7 @@ class ByFwdGrad:
     [3, 1000, 4097, 13000],
     ["peaked", "rising", "masked"],
     HALF_AND_SINGLE,
-    [{}, {"softcap": 15.0, "temperature": 0.8}, {"logit_scale": 0.0625}],
+    [{}, {"softcap": 15.0, "temperature": 0.8}, {"logit_scale": 0.0625}, {"softcap": 40.0, "logit_scale": -1.0}],
 ))  # fmt: skip
 def test_forward_with_gradient(implementation, v, kind, dtype, options):
     """Of logits that rise over the row, too: by up to 100 from one block to the next."""
