@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from workloads import MODELS
 
+from fastdpo.device import is_out_of_memory
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -55,9 +57,8 @@ def told(error: Exception) -> tuple[str, str]:
     """(status, reason): the first line, with the name of the exception."""
     error.with_traceback(None)  # whose frames would hold on to tensors
     lines = str(error).strip().splitlines()
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     reason = f"{type(error).__name__}: {lines[0][:300] if lines else ''}".rstrip(": ")
-    return ("out of memory" if memory else "failed"), reason
+    return ("out of memory" if is_out_of_memory(error) else "failed"), reason
 
 
 class BackboneTokens:
