@@ -34,7 +34,7 @@ from common import device_name, write_result  # noqa: E402
 from contestants import BETA, PACKINGS, Contestant, Contestants  # noqa: E402
 from flops import ModelFlops  # noqa: E402
 from running import TOLERANCES, forget, make_model, told  # noqa: E402
-from step_goals import evaluate, line  # noqa: E402
+from step_goals import evaluate, line, ratios  # noqa: E402
 from timing import Mark, interleaved_intervals, peak_extra_bytes, synchronize  # noqa: E402
 from torch import Tensor  # noqa: E402
 from workloads import MODELS, PLANS, Part, rows  # noqa: E402
@@ -195,18 +195,14 @@ def take_times(result: dict[str, Any], steps: dict[str, Step], most_rounds: int)
 
 
 def relate(result: dict[str, Any]) -> None:
-    """Every measured row to the baseline's. `achieved`: the share of the FLOPs saved that became time saved."""
+    """Every measured row to the baseline's."""
     measured = {name: row for name, row in result["contestants"].items() if row["status"] == "measured"}
     result["baseline"] = next((name for name in BASELINES if name in measured), None)
     if result["baseline"] is None:
         return
     theirs = measured[result["baseline"]]
     for row in measured.values():
-        row["speedup"] = theirs["seconds"] / row["seconds"]
-        row["flop_ratio"] = theirs["flops"] / row["flops"]
-        row["achieved"] = row["speedup"] / row["flop_ratio"]
-        if row["extra_bytes"] is not None and theirs["extra_bytes"]:
-            row["memory_ratio"] = row["extra_bytes"] / theirs["extra_bytes"]
+        row.update(ratios(theirs, row))
 
 
 def run_parts(
@@ -242,7 +238,7 @@ def run_parts(
             result["problems"] += faults(measured)
             print(report(measured), flush=True)
         forget()
-        result["goals"] = evaluate(device_name(), result["parts"])
+        result["goals"] = evaluate(device.type, device_name(), result["parts"])
         result["seconds"] = time.monotonic() - began
         after_part(result)
     result["complete"] = True
