@@ -44,6 +44,12 @@ def make_model(name: str, device: torch.device, dtype: torch.dtype, checkpointin
     return model.train()
 
 
+def gradient_norm(model: Any) -> float:
+    grads = (weight.grad for weight in model.parameters() if weight.grad is not None)
+    # In float32: a norm of bfloat16 is itself rounded to eight bits.
+    return torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm().item()
+
+
 def forget() -> None:
     """What one step leaves would count against the next: garbage, and free memory that the process holds on to."""
     gc.collect()

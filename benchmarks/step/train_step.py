@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from common import device_name, write_result  # noqa: E402
 from contestants import BETA, PACKINGS, Contestant, Contestants  # noqa: E402
 from flops import ModelFlops  # noqa: E402
-from running import TOLERANCES, forget, make_model, told  # noqa: E402
+from running import TOLERANCES, forget, gradient_norm, make_model, told  # noqa: E402
 from step_goals import evaluate, line, ratios  # noqa: E402
 from timing import Mark, interleaved_intervals, peak_extra_bytes, synchronize  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -91,12 +91,6 @@ class Step:
             "extra_bytes": extra_bytes,
             "first_seconds": seconds,
         }
-
-
-def gradient_norm(model: Any) -> float:
-    grads = (weight.grad for weight in model.parameters() if weight.grad is not None)
-    # In float32: a norm of bfloat16 is itself rounded to eight bits.
-    return torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm().item()
 
 
 def measure(part: Part, model: Any, contestants: Contestants, checkpointing: bool, most_rounds: int) -> dict[str, Any]:
