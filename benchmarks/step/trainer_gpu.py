@@ -270,7 +270,7 @@ def measure(runs: Runs, most_rounds: int, until: float, limit: float) -> dict[st
                 tokens=statistics.mean(work.tokens for work in works[name]),
                 flops=statistics.mean(flops(work, checkpointing) for work in works[name]),
             )
-        gc.collect()  # trainers, models and optimizers hold each other
+        collect(row)
     words = sum(len(row[side].split()) + 1 for row in runs.rows for side in ("chosen", "rejected"))  # and the end
     targets = words / steps.all
     result["loss_tolerance"] = BETA * TOLERANCES[model.dtype].sum(targets) / part.pairs
@@ -305,13 +305,22 @@ def take_turns(
                 failed(rows[name], error)
                 names.remove(name)
                 blocks[name] = []
-            gc.collect()  # the device's free memory stays with PyTorch, as in the middle of a long run
+            collect(rows[name])
         names = names[1:] + names[:1]
         result["rounds"] = number + 1
         now = time.monotonic()
         if now + (now - began) > min(until, limit):
             break
     return {name: made for name, made in blocks.items() if made}
+
+
+def collect(row: dict[str, Any]) -> None:
+    """Frees what a block leaves: trainer, model and optimizer hold each other. The device's free memory stays with
+    PyTorch, as in the middle of a long run, unless the contestant failed and may have taken all of it."""
+    if row["status"] in ("failed", "out of memory"):
+        forget()
+    else:
+        gc.collect()
 
 
 def empty_row() -> dict[str, Any]:
