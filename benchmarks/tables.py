@@ -17,7 +17,7 @@ MISSING = "not measured"
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "step")]
 
 from turns import Spread  # noqa: E402
-from workloads import PLANS, REFERENCE_PAIRS, REFERENCE_PLANS, Part  # noqa: E402
+from workloads import PLANS, REFERENCE_PAIRS, REFERENCE_PLANS, TRAINER_PLANS, Part  # noqa: E402
 
 
 def results(name: str) -> list[dict[str, Any]]:
@@ -258,6 +258,48 @@ def _reference_gpu(record: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
+PADDED_PEERS = {"trl": "TRL", "trl liger": "TRL with Liger's layers", "padded": "fastdpo, padded"}
+
+
+def trainer_gpu() -> str:
+    """Whole trainers: prefix packing beside the fastest padded peer, and beside a packed row without sharing."""
+    records = [record for record in results("trainer_gpu") if record["device_type"] == "cuda"]
+    return "\n\n".join(_trainers(record) for record in records or [None])
+
+
+def _trainers(record: dict[str, Any] | None) -> str:
+    device = STEP_DEVICES["cuda"] if record is None else record["device"]
+    lines = [f"| whole trainer, HH-RLHF lengths, {device} | pairs/s | MFU | over padded | over packed, not shared | "
+             "memory / padded |", "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    measured = {} if record is None else {part["title"]: part["contestants"] for part in record["parts"]}
+    for planned in map(str, sorted(TRAINER_PLANS["cuda"], key=lambda part: (part.settings, part.pairs))):
+        rows = measured.get(planned, {})
+        ours = rows.get("prefix", {})
+        if ours.get("seconds") is None:
+            cells = [MISSING, "", "", "", ""]
+        else:
+            peer = _fastest(rows, "trl", "trl liger") or _fastest(rows, "padded")
+            memory = None if peer is None else rows[peer]["memory_ratio"]
+            cells = [f"{ours['pairs_per_second']:.3g}", f"{ours['mfu']:.0%}", _over(rows, peer),
+                     _over(rows, _fastest(rows, "varlen")), MISSING if memory is None else f"{memory:.2f}"]  # fmt: skip
+        lines.append(f"| {planned} | " + " | ".join(cells) + " |")
+    if record is not None:
+        lines += ["", f"Speed-up, and in brackets the ratio of the counted FLOPs. {source(record)}."]
+    return "\n".join(lines)
+
+
+def _fastest(rows: dict[str, Any], *names: str) -> str | None:
+    times = {name: rows[name]["seconds"] for name in names if rows.get(name, {}).get("seconds") is not None}
+    return min(times, key=times.__getitem__) if times else None
+
+
+def _over(rows: dict[str, Any], name: str | None) -> str:
+    if name is None:
+        return MISSING
+    row = rows[name]
+    return f"{row['speedup']:.2f}× ({row['flop_ratio']:.2f}×)" + (f" {PADDED_PEERS[name]}" if name != "varlen" else "")
+
+
 def _times(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}×"
 
@@ -268,6 +310,7 @@ TABLES = {
     "reference": reference,
     "gpu": gpu,
     "kernels_cpu": kernels_cpu,
+    "trainer_gpu": trainer_gpu,
 }
 
 

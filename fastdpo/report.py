@@ -15,7 +15,9 @@ def speed_summary(log_history: Sequence[Mapping[str, float]]) -> dict[str, float
     logged = [entry for entry in log_history if "perf/tokens_per_second" in entry]
     if not logged:
         return {}
-    names = ("tokens_per_second", "pairs_per_second", "saved_tokens_fraction", "mfu")
+    names = ["tokens_per_second", "pairs_per_second", "saved_tokens_fraction"]
+    if all("perf/mfu" in entry for entry in logged):  # there was memory to measure what it is a share of
+        names.append("mfu")
     summary = {name: sum(entry[f"perf/{name}"] for entry in logged) / len(logged) for name in names}
     summary["peak_memory_gb"] = max(entry["perf/peak_memory_gb"] for entry in logged)
     return summary
@@ -89,6 +91,6 @@ def _speed_lines(summary: Mapping[str, float]) -> list[str]:
         f"{summary['tokens_per_second']:10,.0f}  tokens a second",
         f"{summary['pairs_per_second']:10.2f}  pairs a second",
         f"{summary['saved_tokens_fraction']:10.1%}  of tokens saved by sharing prompts",
-        f"{summary['mfu']:10.1%}  of the measured matmul speed",
+        *([f"{summary['mfu']:10.1%}  of the measured matmul speed"] if "mfu" in summary else []),
         f"{summary['peak_memory_gb']:10.2f}  GB peak memory",
     ]

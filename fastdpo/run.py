@@ -486,7 +486,8 @@ def describe(summary: dict[str, Any], output: Path, width: int = 100) -> str:
     if speed:
         lines += [
             f"speed                     {speed['tokens_per_second']:,.0f} tokens/s, "
-            f"{speed['pairs_per_second']:.2f} pairs/s, {speed['mfu']:.0%} of the measured matmul speed",
+            f"{speed['pairs_per_second']:.2f} pairs/s"
+            + (f", {speed['mfu']:.0%} of the measured matmul speed" if "mfu" in speed else ""),
             f"tokens saved by sharing   {speed['saved_tokens_fraction']:.1%}",
             f"peak memory               {speed['peak_memory_gb']:.2f} GB",
         ]

@@ -211,7 +211,7 @@ def main() -> int:
         return made
 
     part = compare(take_turns(run, options.rounds, options.batches), options.pairs)
-    goals = evaluate(device_name(), [part], GOALS)
+    goals = evaluate("cpu", device_name(), [part], GOALS)
     print("\n".join([report(part), *map(line, goals)]))
     if options.pairs == REFERENCE_PAIRS:
         result = {"rounds": options.rounds, "max_length": MAX_LENGTH, "parts": [part], "goals": goals}

@@ -252,7 +252,7 @@ def run_parts(
             if row["status"] != "measured":
                 result["problems"].append(f"{part}: {row['status']} ({row['reason']})")
             print(report(measured), flush=True)
-        result["goals"] = evaluate(device_name(), result["parts"], GOALS)
+        result["goals"] = evaluate(device.type, device_name(), result["parts"], GOALS)
         result["seconds"] = time.monotonic() - began
         after_part(result)
     result["complete"] = True

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from step_goals import Goal
+from step_goals import Goal, GoalAgainstTrl
 
 CPU_MODEL = "SmolLM2-135M"
 
 GOALS = (
-    Goal("speed against TRL's default", "speedup", 4.0, model=CPU_MODEL, against_trl=True, device=""),
-    Goal("share of the GEMM ceiling", "share_of_ceiling", 0.6, model="8B"),
+    GoalAgainstTrl("speed against TRL's default", "speedup", 4.0, models=(CPU_MODEL,), device_type="cpu"),
+    Goal("share of the GEMM ceiling", "share_of_ceiling", 0.6, models=("8B",)),
 )

@@ -46,7 +46,7 @@ class Contestants:
         self.trainer: Any = None  # or why there is none
         if all(importlib.util.find_spec(package) is not None for package in TRL_NEEDS):
             try:
-                self.trainer = trl_trainer(model)
+                self.trainer = trl_step_trainer(model)
             except Exception as error:  # a peer's own fault, and the others are to be measured
                 self.trainer = error
 
@@ -76,7 +76,7 @@ class Contestants:
         def loss() -> Tensor:
             return fastdpo.batch_loss(self.model, batch, refs, beta=BETA, token_metrics=False).loss
 
-        return Contestant(ATTENTION_NAME, loss, self.work([batch.position_ids], len(batch.target_ids), 3))
+        return Contestant(ATTENTION_NAME, loss, packed_work(batch))
 
     def logits(self, sides: list[PaddedRows], refs: Tensor) -> Contestant:
         def loss() -> Tensor:
@@ -85,7 +85,7 @@ class Contestants:
             return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
         positions = [side.position_ids for side in sides]
-        return Contestant("sdpa", loss, self.work(positions, sum(map(Tensor.numel, positions)), 3))
+        return Contestant("sdpa", loss, work(positions, sum(map(Tensor.numel, positions)), 3))
 
     def trl(self, rows: Rows, refs: Tensor) -> Contestant:
         chosen, rejected = refs.chunk(2)
@@ -94,23 +94,32 @@ class Contestants:
             for row, c, r in zip(rows, chosen.tolist(), rejected.tolist(), strict=True)
         ]
         inputs = {name: value.to(self.device) for name, value in self.trainer.data_collator(referenced).items()}
-        shape = inputs["input_ids"].shape
-        positions = torch.arange(shape[1]).expand(shape)
-        # Its head scores completion tokens alone on a GPU, and all positions but the last on a CPU.
-        on_gpu = self.device.type == "cuda"
-        head_tokens = int(inputs["completion_mask"][:, 1:].sum()) if on_gpu else shape[0] * (shape[1] - 1)
 
         def loss() -> Tensor:
             return self.trainer.compute_loss(self.model, inputs)
 
-        return Contestant("sdpa", loss, self.work([positions], head_tokens, 4))
+        return Contestant("sdpa", loss, trl_work(inputs, self.device))
 
-    @staticmethod
-    def work(position_ids: list[Tensor], head_tokens: int, head_products: int) -> Work:
-        """A token attends to as many tokens as stand before it, and to itself."""
-        tokens = sum(positions.numel() for positions in position_ids)
-        keys = sum(int(positions.sum()) for positions in position_ids) + tokens
-        return Work(tokens, keys, head_tokens, head_products)
+
+def work(position_ids: list[Tensor], head_tokens: int, head_products: int) -> Work:
+    """A token attends to as many tokens as stand before it, and to itself."""
+    tokens = sum(positions.numel() for positions in position_ids)
+    keys = sum(int(positions.sum()) for positions in position_ids) + tokens
+    return Work(tokens, keys, head_tokens, head_products)
+
+
+def packed_work(batch: Any) -> Work:
+    """Of a PreferenceBatch."""
+    return work([batch.position_ids], len(batch.target_ids), 3)
+
+
+def trl_work(inputs: Any, device: torch.device) -> Work:
+    """Of a batch of TRL's. Its head scores completion tokens alone on a GPU, on a CPU all positions but the last."""
+    shape = inputs["input_ids"].shape
+    positions = torch.arange(shape[1]).expand(shape)
+    on_gpu = device.type == "cuda"
+    head_tokens = int(inputs["completion_mask"][:, 1:].sum()) if on_gpu else shape[0] * (shape[1] - 1)
+    return work([positions], head_tokens, 4)
 
 
 @dataclass(frozen=True)
@@ -141,33 +150,34 @@ def both_sides(batch: Any) -> PaddedRows:
     return PaddedRows(batch.input_ids, batch.attention_mask, batch.position_ids, counted.view_as(batch.input_ids))
 
 
-def trl_trainer(model: Any) -> Any:
-    """TRL's DPOTrainer around the model, for its `data_collator` and `compute_loss`.
+def trl_step_trainer(model: Any) -> Any:
+    """TRL's DPOTrainer around the model, for its `data_collator` and `compute_loss`."""
+    from datasets import Dataset
+    from workloads import word_tokenizer
+
+    rows = Dataset.from_list([{"prompt": "t3", "chosen": " t4", "rejected": " t5"}])
+    # No autocast: the model has its dtype. Checkpointing of the model is set for all contestants alike.
+    return trl_trainer(model, rows, word_tokenizer(8), bf16=False, gradient_checkpointing=False)
+
+
+def trl_trainer(model: Any, rows: Any, tokenizer: Any, **options: Any) -> Any:
+    """TRL's DPOTrainer for batches that carry the reference's log-probs; it writes nothing.
 
     It is made as one without cached reference log-probs, with a toy for a reference model, because it would otherwise
     hash the model and fill its cache first; then it is told that the batches carry them.
     """
-    from datasets import Dataset
     from transformers import AutoModelForCausalLM, LlamaConfig
     from trl import DPOConfig, DPOTrainer
-    from workloads import word_tokenizer
 
     toy = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(
-            output_dir=folder,
-            beta=BETA,
-            max_length=None,
-            bf16=False,  # no autocast: the model has its dtype
-            gradient_checkpointing=False,  # that of the model is set for all contestants alike
-            report_to=[],
-        )
+        config = DPOConfig(output_dir=folder, beta=BETA, max_length=None, report_to=[], save_strategy="no", **options)
         trainer = DPOTrainer(
             model=model,
             ref_model=AutoModelForCausalLM.from_config(toy),
             args=config,
-            train_dataset=Dataset.from_list([{"prompt": "t3", "chosen": " t4", "rejected": " t5"}]),
-            processing_class=word_tokenizer(8),
+            train_dataset=rows,
+            processing_class=tokenizer,
         )
     trainer.precompute_ref_logps = True
     return trainer

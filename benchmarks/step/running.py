@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from workloads import MODELS
 
+from fastdpo.device import is_out_of_memory
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -42,6 +44,12 @@ def make_model(name: str, device: torch.device, dtype: torch.dtype, checkpointin
     return model.train()
 
 
+def gradient_norm(model: Any) -> float:
+    grads = (weight.grad for weight in model.parameters() if weight.grad is not None)
+    # In float32: a norm of bfloat16 is itself rounded to eight bits.
+    return torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm().item()
+
+
 def forget() -> None:
     """What one step leaves would count against the next: garbage, and free memory that the process holds on to."""
     gc.collect()
@@ -55,9 +63,8 @@ def told(error: Exception) -> tuple[str, str]:
     """(status, reason): the first line, with the name of the exception."""
     error.with_traceback(None)  # whose frames would hold on to tensors
     lines = str(error).strip().splitlines()
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     reason = f"{type(error).__name__}: {lines[0][:300] if lines else ''}".rstrip(": ")
-    return ("out of memory" if memory else "failed"), reason
+    return ("out of memory" if is_out_of_memory(error) else "failed"), reason
 
 
 class BackboneTokens:

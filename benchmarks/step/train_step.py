@@ -33,8 +33,8 @@ import torch  # noqa: E402
 from common import device_name, write_result  # noqa: E402
 from contestants import BETA, PACKINGS, Contestant, Contestants  # noqa: E402
 from flops import ModelFlops  # noqa: E402
-from running import TOLERANCES, forget, make_model, told  # noqa: E402
-from step_goals import evaluate, line  # noqa: E402
+from running import TOLERANCES, forget, gradient_norm, make_model, told  # noqa: E402
+from step_goals import evaluate, line, ratios  # noqa: E402
 from timing import Mark, interleaved_intervals, peak_extra_bytes, synchronize  # noqa: E402
 from torch import Tensor  # noqa: E402
 from workloads import MODELS, PLANS, Part, rows  # noqa: E402
@@ -91,12 +91,6 @@ class Step:
             "extra_bytes": extra_bytes,
             "first_seconds": seconds,
         }
-
-
-def gradient_norm(model: Any) -> float:
-    grads = (weight.grad for weight in model.parameters() if weight.grad is not None)
-    # In float32: a norm of bfloat16 is itself rounded to eight bits.
-    return torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm().item()
 
 
 def measure(part: Part, model: Any, contestants: Contestants, checkpointing: bool, most_rounds: int) -> dict[str, Any]:
@@ -195,18 +189,14 @@ def take_times(result: dict[str, Any], steps: dict[str, Step], most_rounds: int)
 
 
 def relate(result: dict[str, Any]) -> None:
-    """Every measured row to the baseline's. `achieved`: the share of the FLOPs saved that became time saved."""
+    """Every measured row to the baseline's."""
     measured = {name: row for name, row in result["contestants"].items() if row["status"] == "measured"}
     result["baseline"] = next((name for name in BASELINES if name in measured), None)
     if result["baseline"] is None:
         return
     theirs = measured[result["baseline"]]
     for row in measured.values():
-        row["speedup"] = theirs["seconds"] / row["seconds"]
-        row["flop_ratio"] = theirs["flops"] / row["flops"]
-        row["achieved"] = row["speedup"] / row["flop_ratio"]
-        if row["extra_bytes"] is not None and theirs["extra_bytes"]:
-            row["memory_ratio"] = row["extra_bytes"] / theirs["extra_bytes"]
+        row.update(ratios(theirs, row))
 
 
 def run_parts(
@@ -242,7 +232,7 @@ def run_parts(
             result["problems"] += faults(measured)
             print(report(measured), flush=True)
         forget()
-        result["goals"] = evaluate(device_name(), result["parts"])
+        result["goals"] = evaluate(device.type, device_name(), result["parts"])
         result["seconds"] = time.monotonic() - began
         after_part(result)
     result["complete"] = True

@@ -94,6 +94,28 @@ REFERENCE_PLANS = {
 }
 
 
+@dataclass(frozen=True)
+class TrainerPart:
+    """Whole trainers on pairs of HH-RLHF lengths.
+
+    settings: "default", as the trainers' configs have them (layers checkpointed, autocast), or "fastest", with neither
+    """
+
+    model: str
+    pairs: int  # a batch
+    settings: str
+    scale: float = 1.0  # of the lengths
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.pairs} pairs a batch, {self.settings} settings"
+
+
+TRAINER_PLANS = {
+    "tiny": [TrainerPart("tiny", 2, "default", 0.1), TrainerPart("tiny", 3, "fastest", 0.1)],
+    "cuda": [TrainerPart("1B", pairs, settings) for settings in ("default", "fastest") for pairs in (8, 32, 4)],
+}
+
+
 def hh_lengths() -> list[Lengths]:
     with open(LENGTHS) as file:
         lines = list(csv.DictReader(line for line in file if not line.startswith("#")))
@@ -103,7 +125,11 @@ def hh_lengths() -> list[Lengths]:
 def lengths(part: Part) -> list[Lengths]:
     shape = SHAPES[part.shape]
     wanted = hh_lengths()[: part.pairs] if shape.lengths is None else [shape.lengths] * part.pairs
-    return [tuple(max(2, int(length * part.scale)) for length in row) for row in wanted]
+    return scaled(wanted, part.scale)
+
+
+def scaled(wanted: list[Lengths], scale: float) -> list[Lengths]:
+    return [tuple(max(2, int(length * scale)) for length in row) for row in wanted]
 
 
 def rows(part: Part, vocabulary: int) -> list[dict[str, list[int]]]:
@@ -121,7 +147,7 @@ def rows(part: Part, vocabulary: int) -> list[dict[str, list[int]]]:
     return made
 
 
-def text_rows(pairs: int, vocabulary: int) -> list[dict[str, str]]:
+def text_rows(pairs: int, vocabulary: int, scale: float = 1.0) -> list[dict[str, str]]:
     """The first pairs of HH-RLHF as text of one random word a token, for `word_tokenizer`.
 
     Everybody tokenizes them to the same ids; the last token of an answer is the end of text, which is not written.
@@ -133,7 +159,7 @@ def text_rows(pairs: int, vocabulary: int) -> list[dict[str, str]]:
 
     return [
         {"prompt": words(prompt), "chosen": " " + words(chosen - 1), "rejected": " " + words(rejected - 1)}
-        for prompt, chosen, rejected in hh_lengths()[:pairs]
+        for prompt, chosen, rejected in scaled(hh_lengths()[:pairs], scale)
     ]
 
 

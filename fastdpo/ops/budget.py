@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastdpo.device import free_memory
 from fastdpo_kernels.linear_logprobs import row_stride
 
 # A tile of this many rows runs its products at full speed on any GPU; memory beyond it is better spent on keeping.
@@ -26,10 +27,7 @@ class Tiling(NamedTuple):
 def default_budget(device: torch.device) -> int:
     """Bytes for logits: an eighth of the free memory; on a GPU at least 256 MiB, on a CPU at most 64 MiB."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        # What PyTorch has reserved but not handed out counts as free, too.
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return max(free // 8, 1 << 28)
+        return max(free_memory(device) // 8, 1 << 28)
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on this system

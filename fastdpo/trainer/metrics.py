@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.device import gemm_flops_per_second, peak_memory_gb
+from fastdpo.device import gemm_flops_per_second, is_out_of_memory, peak_memory_gb
 from fastdpo.models import routed_experts
 from fastdpo.packing import PreferenceBatch
+
+logger = logging.getLogger(__name__)
 
 
 class MetricSums:
@@ -91,7 +94,8 @@ class Throughput:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.total_unshared = 0  # every token of the data counted, prompts twice, as others count
-        self._ceiling: float | None = None
+        self._ceiling: float | None = None  # FLOPs a second; of a run that logs nothing, or lacks memory, unknown
+        self._ceiling_asked = False
         self.restart()
 
     def restart(self) -> None:
@@ -108,6 +112,19 @@ class Throughput:
         finally:
             self._since += time.perf_counter() - began
 
+    def measure_ceiling(self, dtype: torch.dtype) -> None:
+        """Finds what `perf/mfu` is a share of, once; before the first step, for it waits for the device."""
+        if self._ceiling_asked:
+            return
+        self._ceiling_asked = True
+        with self.paused():
+            try:
+                self._ceiling = gemm_flops_per_second(self.device, dtype)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("perf/mfu is not logged: no memory was free to measure the speed of a matrix product.")
+
     def count(self, batch: PreferenceBatch, flops: float) -> None:
         self._pairs += batch.num_pairs
         self._tokens += batch["num_tokens"]
@@ -115,19 +132,18 @@ class Throughput:
         self.total_unshared += batch.data_tokens
         self._flops += flops
 
-    def take(self, dtype: torch.dtype) -> dict[str, float]:
+    def take(self) -> dict[str, float]:
         seconds = max(1e-9, time.perf_counter() - self._since)
         if not self._pairs:
             return {}
-        if self._ceiling is None:
-            self._ceiling = gemm_flops_per_second(self.device, dtype)
         values = {
             "perf/tokens_per_second": self._tokens / seconds,
             "perf/pairs_per_second": self._pairs / seconds,
             "perf/saved_tokens_fraction": 1 - self._tokens / max(1, self._unshared),
             "perf/peak_memory_gb": peak_memory_gb(self.device),
-            "perf/mfu": self._flops / seconds / self._ceiling,
         }
+        if self._ceiling is not None:
+            values["perf/mfu"] = self._flops / seconds / self._ceiling
         self.restart()
         return values
 

@@ -95,6 +95,7 @@ class RunCallback(TrainerCallback):
         trainer.forget_steps()
         if trainer._resumed_from:
             load_state(trainer, Path(trainer._resumed_from))
+        trainer.measure_ceiling()
         if args.show_generations and not trainer._resumed_from:
             self._show("before")
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdpo.device import freed_memory_kept
@@ -94,6 +94,11 @@ class SurvivingTrainer(Trainer):
         self._passes = 0  # over the data, begun
         self._last_logged, self._skipped = self.state.global_step, 0
 
+    def measure_ceiling(self) -> None:
+        """Finds what `perf/mfu` is a share of, where some step of this run is to be logged."""
+        if _logs_a_step(self.args, self.state):
+            self._throughput.measure_ceiling(self._autocast_dtype or self._inner(self.model).dtype)
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if self.model_init is None:  # else the model is made later
             self._step_flops = self._flops_of(self._inner(self.model))  # weights may have been frozen since
@@ -134,8 +139,7 @@ class SurvivingTrainer(Trainer):
             self._leave_out_skipped(logs)
             logs.update(self._metrics["train"].take(self._reduce))
             logs["num_tokens"] = self.num_tokens()
-            dtype = self._autocast_dtype or self._inner(self.model).dtype
-            logs.update(self._throughput.take(dtype))
+            logs.update(self._throughput.take())
         elif "train_runtime" in logs and (left := self._metrics["train"].take(self._reduce)):
             logs.update(left)  # in the last record: of the steps since the one before
             logs["num_tokens"] = self.num_tokens()
@@ -207,3 +211,12 @@ class SurvivingTrainer(Trainer):
             self._saved_step = self.state.global_step
             if self.is_world_process_zero():
                 self.create_model_card(model_name=Path(self.args.output_dir).name)
+
+
+def _logs_a_step(args: PreferenceConfig, state: TrainerState) -> bool:
+    """Whether a run that begins here comes to a log of its loss."""
+    if args.logging_first_step and state.global_step == 0:
+        return True
+    if args.logging_strategy == "steps":
+        return state.global_step // state.logging_steps < state.max_steps // state.logging_steps
+    return bool(args.logging_strategy == "epoch")

@@ -157,22 +157,55 @@ def test_workloads():
     assert workloads.lengths(Part("tiny", "hh", 2)) == [(231, 30, 63), (196, 62, 30)]
 
 
+def goal_part(model, shape, mfu=None, **rows):
+    """Rows are (seconds, FLOPs, bytes) of a contestant; one without seconds was not measured."""
+    made = {
+        name: {"seconds": seconds, "flops": flops, "extra_bytes": size, "mfu": mfu}
+        for name, (seconds, flops, size) in rows.items()
+    }
+    return {"model": model, "shape": shape, "baseline": "trl", "contestants": made}
+
+
+def goal_verdicts(*parts, device_type="cuda"):
+    found = step_goals.evaluate(device_type, "NVIDIA H100", parts)
+    lines = [step_goals.line(verdict) for verdict in found]
+    assert all(v["verdict"] in text and "NVIDIA H100" in text for v, text in zip(found, lines, strict=True))
+    return {verdict["goal"]: verdict["verdict"] for verdict in found}
+
+
+@pytest.mark.parametrize(
+    ("trl", "varlen", "verdicts"),
+    [
+        # The FLOPs allow 3 against TRL, 1.5 against a packed row without sharing.
+        ((2.7, 30, 5), (1.35, 15, 4), ["met", "met", "met", "met"]),
+        ((2.6, 30, 3.9), (1.3, 15, 3.9), ["missed", "missed", "missed", "missed"]),
+        ((4.0, 60, 4), (1.0, 10, 4), ["missed", "met", "met", "met"]),
+        ((4.0, 30, None), (None, 15, None), ["met", "not measured", "not measured", "not measured"]),
+    ],
+)
+def test_a_speedup_is_held_against_what_the_flops_allow(trl, varlen, verdicts):
+    part = goal_part("1B", "hh", prefix=(1.0, 10, 4), trl=trl, varlen=varlen, plain=(0.1, 10, 1))
+    kinds = ("speed-up against trl", "speed-up against varlen", "memory against trl", "memory against varlen")
+    assert goal_verdicts(part) == dict(zip(kinds, verdicts, strict=True))
+
+
+def test_no_goal_is_above_what_the_flops_allow():
+    part = goal_part("1B", "long answer", prefix=(1.0, 100, 1), trl=(1.07, 108, 1), varlen=(1.0, 103, 1))
+    found = step_goals.evaluate("cuda", "NVIDIA H100", [part])
+    assert [verdict["limit"] for verdict in found[:2]] == pytest.approx([0.972, 0.927])
+    assert "at least 0.97 (the FLOPs allow 1.08), is 1.07: met" in step_goals.line(found[0])
+
+
 def test_goals():
-    def part(model, shape, baseline="trl", **figures):
-        prefix = dict.fromkeys(("speedup", "memory_ratio", "achieved", "mfu")) | figures
-        return {"model": model, "shape": shape, "baseline": baseline, "contestants": {"prefix": prefix}}
-
-    def verdicts(*parts, device="NVIDIA H200"):
-        found = step_goals.evaluate(device, parts)
-        assert all(verdict["verdict"] in step_goals.line(verdict) for verdict in found)
-        return [verdict["verdict"] for verdict in found]
-
-    assert verdicts(part("1B", "hh", speedup=3.0, memory_ratio=1.0, achieved=0.9)) == ["met"] * 3
-    assert verdicts(part("1B", "hh", speedup=2.9, memory_ratio=1.1, achieved=0.8)) == ["missed"] * 3
-    # Against another baseline only the share achieved says something.
-    against_plain = part("1B", "hh", "plain", speedup=4.0, memory_ratio=0.1, achieved=1.0)
-    assert verdicts(against_plain) == ["not measured"] * 2 + ["met"]
-    assert verdicts(part("8B", "full", mfu=0.5)) == ["not measured"] * 2 + ["met"]
-    assert verdicts(part("1B", "hh", speedup=3.0), device="NVIDIA A100") == []
+    alone = {"prefix": (1.0, 10, 4), "trl": (None, None, None), "varlen": (1.5, 15, 4)}
+    # Without TRL, the padded baseline is a plain step.
+    assert goal_verdicts(goal_part("1B", "hh", **alone, plain=(2.0, 20, 5)))["speed-up against plain"] == "met"
+    assert goal_verdicts(goal_part("1B", "hh", **alone))["speed-up against trl"] == "not measured"
+    full = goal_part("8B", "full", mfu=0.46, **alone)
+    assert goal_verdicts(full)["MFU"] == "met"
+    full["contestants"]["prefix"]["mfu"] = 0.44
+    assert goal_verdicts(full)["MFU"] == "missed"
+    assert goal_verdicts(full, device_type="cpu") == {}
+    assert goal_verdicts(goal_part("tiny", "hh", mfu=0.1, **alone)) == {}
     shapes = {goal.shape for goal in step_goals.GOALS} - {None}
     assert shapes <= {part.shape for part in PLANS["cuda"]}

@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_measuring_the_machine_draws_nothing_from_the_runs_random_numbers(tmp_path, dropout):
-    """perf/mfu times a matrix product at the first log, of this process: whether it was resumed or not."""
+    """perf/mfu times a matrix product before the first step of this process, whether it was resumed or not."""
     options = {"real_gemm": True, "disable_dropout": not dropout, "model": {"attention_dropout": 0.3}}
     whole = start(tmp_path / "whole", **options).result()
     killed(tmp_path / "run", 3, save_strategy="steps", save_steps=3, **options)
