@@ -19,10 +19,22 @@ class Needs:
     device: str
     dtype: torch.dtype
     head_dim: int = 64
+    value_head_dim: int = 64
     softcap: bool = False
     sinks: bool = False
     dropout: bool = False
     window: bool = False
+
+    @classmethod
+    def of(
+        cls, query: Tensor, value: Tensor, *, window: int | None, softcap: float | None, sinks: Tensor | None,
+        dropout: float,
+    ) -> Needs:  # fmt: skip
+        """Those of the call `Backend.attend(query, ..., value, ...)`."""
+        return cls(
+            device=query.device.type, dtype=query.dtype, head_dim=query.shape[-1], value_head_dim=value.shape[-1],
+            softcap=softcap is not None, sinks=sinks is not None, dropout=dropout > 0, window=window is not None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fastdpo.attention.contract import Backend, Needs
 from fastdpo.packing.layout import PackedLayout
 
 BLOCK = 128
+SMALLEST_HEAD = 16  # the least that a matrix product in Triton takes; on a CPU there is no such limit
 
 
 def attend(
@@ -98,6 +99,9 @@ def _lacks(needs: Needs) -> str | None:
         return f"runs on GPUs only, and the model is on {needs.device}"
     if needs.dtype == torch.float64:
         return "takes no float64"
+    smallest = min(needs.head_dim, needs.value_head_dim)
+    if smallest < SMALLEST_HEAD:
+        return f"takes heads of at least {SMALLEST_HEAD} channels, and these have {smallest}"
     return "has no dropout" if needs.dropout else None
 
 

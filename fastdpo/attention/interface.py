@@ -96,13 +96,9 @@ def attention_forward(
     if torch.is_autocast_enabled(value.device.type):  # variable-length kernels are no autocast operations
         dtype = torch.get_autocast_dtype(value.device.type)
     query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))  # (T, H, d)
-    needs = Needs(
-        device=query.device.type, dtype=dtype, head_dim=query.shape[-1], softcap=softcap is not None,
-        sinks=s_aux is not None, dropout=dropout > 0, window=window is not None,
-    )  # fmt: skip
-    out = select_backend(attention_backend, needs).attend(
-        query, key, value, packed_layout, scale=scaling, window=window, softcap=softcap, sinks=s_aux, dropout=dropout
-    )
+    features: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": s_aux, "dropout": dropout}
+    backend = select_backend(attention_backend, Needs.of(query, value, **features))
+    out = backend.attend(query, key, value, packed_layout, scale=scaling, **features)
     return out.contiguous().unsqueeze(0), None
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import sys
 
 import pytest
@@ -122,6 +123,27 @@ def test_kernels_need_torch_and_triton_only():
             for name in names:
                 top = name.split(".")[0]
                 assert top in {"torch", "triton", "fastdpo_kernels"} or top in sys.stdlib_module_names, (path, name)
+
+
+def test_extras():
+    """flash-attn is built where it is installed: no target of make, and so no CI, brings it."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pytest needs it there
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = re.findall(r"\"\.\[([\w,]+)\]\"", (ROOT / "Makefile").read_text())
+    installed = {name for names in installed for name in names.split(",")}
+    assert installed == {"demo", "dev", "bench"}
+    assert not [each for name in installed for each in extras[name] if "flash" in each]
+    assert [each.partition(">")[0] for each in extras["flash"]] == ["flash-attn"]
+    named = {}
+    for path in (*PACKAGE.rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for name in re.findall(r"fastdpo\[(\w+)\]", path.read_text()):
+            named.setdefault(name, []).append(path.name)
+    assert named.keys() <= extras.keys(), named
+    assert {"README.md", "flash.py"} <= {*named["flash"]}  # what to install, and the message that says so
 
 
 def test_the_demo_data():

@@ -224,7 +224,7 @@ def test_options_are_refused_when_the_config_is_built(tmp_path, options, message
 
 
 def test_a_backend_that_is_not_there_is_refused_at_construction(tmp_path):
-    with pytest.raises(UserError, match=r"'flash_attn' (is not there; pip install flash-attn|runs on GPUs only)"):
+    with pytest.raises(UserError, match=r"'flash_attn' (is not there; pip install .*fastdpo|runs on GPUs only)"):
         trainer(tmp_path, packing="prefix", attention_backend="flash_attn")
 
 
