@@ -1,4 +1,4 @@
-"""Three mends of Triton's interpreter (seen in triton 3.6, 3.7 and 3.9), so that kernels in bf16 can be tested on a CPU.
+"""Mends of Triton's interpreter (of triton 3.6, 3.7 and 3.9), so that what kernels compute can be tested on a CPU.
 
 - A conversion to bf16 truncates; devices round to nearest even.
 - `tl.dot` of bf16 operands multiplies the integers that hold their bits.

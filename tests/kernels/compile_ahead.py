@@ -1,6 +1,7 @@
 """Compile the kernels for GPUs that need not be here, and print what the assembler made of each, a JSON object a line.
 
-Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/compile_ahead.py sm_90 gfx942`.
+Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/compile_ahead.py sm_90 gfx942`. With
+`--predecessors` it is the row kernels of `benchmarks/kernels/block_kernels.py`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -79,9 +81,15 @@ def rows_of(n: int, v: int, stride: int, offset: int, dtype: torch.dtype) -> Ten
     return memory.as_strided((n, v), (stride, 1), offset)
 
 
+# The modules of the row kernels: of forward and backward, and of both in one pass.
+Modules = tuple[ModuleType, ModuleType]
+CURRENT: Modules = (token_logprobs, token_logprobs_grad)
+
+
 def launch(
-    shape: tuple[int, int, int], dtype: torch.dtype, gradient: str, stats: bool, softcap: float | None
-) -> dict[str, Any]:
+    shape: tuple[int, int, int], dtype: torch.dtype, gradient: str, stats: bool, softcap: float | None,
+    modules: Modules = CURRENT,
+) -> dict[str, Any]:  # fmt: skip
     """The kernels that the launchers start for logits of this shape on the active driver.
 
     `gradient`: "in place", into "other rows" that are aligned differently, or in "one pass" with the forward.
@@ -92,25 +100,26 @@ def launch(
     labels, floats = torch.zeros(n + 1, dtype=torch.int64)[v % 2 :][:n], torch.zeros(n + 1)[v % 2 :][:n]
     logits = rows_of(n, v, stride, offset, dtype)
     options: dict[str, Any] = {"softcap": softcap, "ignore_index": -v}
-    forward = CompileOnly(token_logprobs._token_logprobs_fwd_kernel)
-    backward = CompileOnly(token_logprobs._token_logprobs_bwd_kernel)
-    one_pass = CompileOnly(token_logprobs_grad._token_logprobs_fwd_grad_kernel)
+    two_passes, in_one = modules
+    forward = CompileOnly(two_passes._token_logprobs_fwd_kernel)
+    backward = CompileOnly(two_passes._token_logprobs_bwd_kernel)
+    one_pass = CompileOnly(in_one._token_logprobs_fwd_grad_kernel)
     with (
-        mock.patch.multiple(token_logprobs, _token_logprobs_fwd_kernel=forward, _token_logprobs_bwd_kernel=backward),
-        mock.patch.multiple(token_logprobs_grad, _token_logprobs_fwd_grad_kernel=one_pass),
+        mock.patch.multiple(two_passes, _token_logprobs_fwd_kernel=forward, _token_logprobs_bwd_kernel=backward),
+        mock.patch.multiple(in_one, _token_logprobs_fwd_grad_kernel=one_pass),
     ):
         if gradient == "one pass":
-            token_logprobs_grad.token_logprobs_fwd_grad(logits, labels, stats=stats, **options)
+            in_one.token_logprobs_fwd_grad(logits, labels, stats=stats, **options)
         else:
-            token_logprobs.token_logprobs_fwd(logits, labels, stats=stats, **options)
+            two_passes.token_logprobs_fwd(logits, labels, stats=stats, **options)
             out = logits if gradient == "in place" else rows_of(n, v, stride + 1, offset, dtype)
             norms = torch.zeros(2, n)
-            token_logprobs.token_logprobs_bwd(logits, labels, norms, floats, out=out, **options)
+            two_passes.token_logprobs_bwd(logits, labels, norms, floats, out=out, **options)
     kernels = {"forward": forward.compiled, "backward": backward.compiled, "one pass": one_pass.compiled}
     return {name: compiled for name, compiled in kernels.items() if compiled is not None}
 
 
-def variants(whole: Sequence[int]) -> Iterator[tuple[dict[str, Any], Any]]:
+def variants(whole: Sequence[int], modules: Modules = CURRENT) -> Iterator[tuple[dict[str, Any], Any]]:
     """What each variant is, how many kernels its shapes need, and the kernel for the first of them.
 
     whole  of the eight combinations of edges, dtype and softcap, the numbers of those of which all variants are made;
@@ -129,7 +138,7 @@ def variants(whole: Sequence[int]) -> Iterator[tuple[dict[str, Any], Any]]:
         name = f"{str(dtype).removeprefix('torch.')}{' softcap' * (softcap is not None)}{' edges' * edges}"
         seen: set[int] = set()
         for stats, gradient in cases:
-            launches = [launch(shape, dtype, gradient, stats, softcap) for shape in SHAPES[edges]]
+            launches = [launch(shape, dtype, gradient, stats, softcap, modules) for shape in SHAPES[edges]]
             for kernel in launches[0]:
                 detail = f" {gradient}" if kernel == "backward" else " stats" * stats
                 ids = {id(kernels[kernel]) for kernels in launches}
@@ -208,10 +217,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--whole", type=int, nargs="*", default=range(8), help="see `variants`; default: all")
     parser.add_argument("gpu", nargs="+", help="sm_90, gfx942")
+    parser.add_argument("--predecessors", action="store_true")
     arguments = parser.parse_args()
     for gpu in arguments.gpu:
         triton.runtime.driver.set_active(MockDriver(gpu))
-        for what, kernel in itertools.chain(variants(arguments.whole), gather_variants(arguments.whole)):
+        kernels = itertools.chain(variants(arguments.whole), gather_variants(arguments.whole))
+        if arguments.predecessors:
+            sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "kernels"))
+            import block_kernels
+
+            kernels = variants(arguments.whole, (block_kernels, block_kernels))
+        for what, kernel in kernels:
             asm = kernel.asm
             itemsize = None if what["kernel"].startswith("gather") else (2 if "16" in what["variant"] else 4)
             made = cuda_resources(asm["cubin"], itemsize) if "cubin" in asm else hip_resources(asm["amdgcn"])
