@@ -168,18 +168,20 @@ def on_boundary(pointer):
 
 
 @triton.jit
-def block_columns(THREADS: tl.constexpr, LOADS: tl.constexpr, VECTOR: tl.constexpr):
-    """(LOADS, THREADS, VECTOR), 0 to its size: the columns of a block, neighbouring vectors in neighbouring threads."""
-    threads = tl.arange(0, LOADS)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
-    return threads[:, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+def block_columns(VECTORS: tl.constexpr, SIZE: tl.constexpr):
+    """(VECTORS, SIZE), 0 to its size: the columns of a block, neighbouring vectors in neighbouring threads."""
+    return tl.arange(0, VECTORS)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
 
 
 @triton.jit
 def load_block(block, size, THREADS: tl.constexpr, LOADS: tl.constexpr, MASKED: tl.constexpr, FLIP: tl.constexpr):
-    """(LOADS, THREADS, vector) float32 from an address on a boundary; -inf from column `size` on, where MASKED."""
+    """(LOADS, THREADS, vector) float32 from an address on a boundary; -inf from column `size` on, where MASKED.
+
+    Loaded as (vectors, vector): of three dimensions, some versions of Triton would spread the first over threads.
+    """
     if block.dtype.element_ty == tl.bfloat16:
         # Two columns a word: a shift and a mask make them float32, where Triton's own conversion takes three steps.
-        i = block_columns(THREADS, LOADS, 4)
+        i = block_columns(LOADS * THREADS, 4)
         words = block.to(tl.pointer_type(tl.int32))
         if MASKED:
             minus_infinity: tl.constexpr = 0x7F807F80 if FLIP else -0x007F0080
@@ -190,11 +192,13 @@ def load_block(block, size, THREADS: tl.constexpr, LOADS: tl.constexpr, MASKED: 
         second = (word & -0x10000).to(tl.float32, bitcast=True)
         x = tl.reshape(tl.join(first, second), (LOADS, THREADS, 8))
     else:
-        i = block_columns(THREADS, LOADS, 128 // block.dtype.element_ty.primitive_bitwidth)
+        VECTOR: tl.constexpr = 128 // block.dtype.element_ty.primitive_bitwidth
+        i = block_columns(LOADS * THREADS, VECTOR)
         if MASKED:
             x = tl.load(block + i, mask=i < size, other=float("inf") if FLIP else -float("inf")).to(tl.float32)
         else:
             x = tl.load(block + i).to(tl.float32)
+        x = tl.reshape(x, (LOADS, THREADS, VECTOR))
     return 0.0 - x if FLIP else x
 
 

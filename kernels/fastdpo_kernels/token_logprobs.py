@@ -71,7 +71,7 @@ def _fold(
     new_n = tl.where(new_n == -float("inf"), 0.0, new_n)  # all masked so far: -inf - -inf would be NaN
     t = log2_z(bounded(x, inner, KIND), outer2, new_n[None, :, None], KIND)
     if MASKED:
-        inside = block_columns(THREADS, LOADS, x.shape[2]) < size
+        inside = tl.reshape(block_columns(LOADS * THREADS, x.shape[2]) < size, x.shape)
         t = tl.where(inside, t, -float("inf"))  # under a softcap x = -inf has a finite z
     e = tl.exp2(t)
     if HAS_STATS:

@@ -96,8 +96,8 @@ def _fold(
     """
     block = body_x + start
     x = load_block(block, body - start, THREADS, LOADS, MASKED, FLIP)
-    columns = block_columns(THREADS, LOADS, x.shape[2])
-    inside = columns < body - start
+    columns = block_columns(LOADS * THREADS, x.shape[2])
+    inside = tl.reshape(columns < body - start, x.shape)
     block_m = tl.max(tl.max(tl.max(x, axis=2), axis=0), axis=0)
     n, anchor, total, total_et, total_ee = _anchored(
         block_m, start, body_x, n, total, total_et, total_ee, inner, outer2, KIND, THREADS
@@ -117,9 +117,9 @@ def _fold(
         total_z += sum_of_thread(x)
         total_et += product_of_thread(e, tl.maximum(t, FLOOR))
         total_ee += product_of_thread(e, e)
-    q = (e * relative_slope(b, KIND)).to(block.dtype.element_ty)
+    q = tl.reshape((e * relative_slope(b, KIND)).to(block.dtype.element_ty), columns.shape)
     if MASKED:
-        tl.store(block + columns, q, mask=inside)
+        tl.store(block + columns, q, mask=columns < body - start)
     else:
         tl.store(block + columns, q)
     return m, n, total, total_z, total_et, total_ee
