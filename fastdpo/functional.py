@@ -33,6 +33,7 @@ from fastdpo.ops import (
 )
 from fastdpo.ops.budget import resolve_budget
 from fastdpo.ops.dispatch import LogitOptions, check_device, check_integers, check_linear, compute_dtype
+from fastdpo.ops.linear_logps import needed_gradients
 from fastdpo.types import IGNORE_INDEX, LossOutput, TokenStats, accumulation_dtype
 
 __all__ = [
@@ -223,7 +224,8 @@ def linear_loss(
         count, sequence_ids = _packed(inputs, losses, sequence_ids, hidden, "hidden")
         _check_labels(labels, weight.shape[0], ignore_index)
     check_linear(hidden, weight, labels, bias)
-    budget = resolve_budget(memory_budget, hidden.device)
+    dtype, training = compute_dtype(hidden, head_dtype), any(needed_gradients(hidden, weight, bias))
+    budget = resolve_budget(memory_budget, hidden.device, weight.shape[0], dtype, training=training)
     head: dict[str, Any] = {"bias": bias, "head_dtype": head_dtype, "memory_budget": budget, "impl": impl}
     own = own_sequences(inputs, losses, count)
     if losses.data == "answers":
@@ -241,7 +243,7 @@ def linear_loss(
         check_rows(tokens_per_pair, groups, sequence_ids)
     stats = token_metrics or losses.use_weighting
     per_pair = reduction != "none" and losses.per_pair
-    if not (per_pair and is_fused(hidden, weight, bias, compute_dtype(hidden, head_dtype), budget)):
+    if not (per_pair and is_fused(hidden, weight, bias, dtype, budget)):
         logps, token_stats = linear_token_logps_with_stats(hidden, weight, labels, options, stats=stats, **head)
         output = loss_of_tokens(
             groups, logps, token_stats, labels, sequence_ids, reduction=reduction, ignore_index=ignore_index,
@@ -253,7 +255,7 @@ def linear_loss(
         order, tokens_per_pair = rows_by_group(groups, sequence_ids)
         hidden, labels, sequence_ids = hidden[order], labels[order], sequence_ids[order]
     total, each, sums, token_stats = fused_group_loss(
-        hidden.to(compute_dtype(hidden, head_dtype)), weight, labels,
+        hidden.to(dtype), weight, labels,
         groups.slot_ids(sequence_ids, labels != ignore_index), tokens_per_pair, groups.slots_per_group, groups,
         options, bias=bias, stats=stats, sum_p2=losses.use_weighting, memory_budget=budget, impl=impl,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.ops.budget import plan, resolve_budget
+from fastdpo.ops.budget import named_if_out_of_memory, plan, resolve_budget
 from fastdpo.ops.dispatch import LogitOptions, check_impl, check_linear, compute_dtype, row_kernels
 from fastdpo.ops.library import define, first_derivative_only, refuse_transforms, requires_grad, see_products
 from fastdpo.types import IGNORE_INDEX, TokenStats, accumulation_dtype
@@ -43,7 +43,10 @@ def linear_token_logps(
         bias: (V,) or None.
         head_dtype: dtype of logits and products. Default: that of autocast where it is on, else that of `hidden`.
             `torch.float32` gives a float32 head to a bfloat16 model.
-        memory_budget: bytes that logits may take. Default: an eighth of the free memory (64 MiB on a CPU).
+        memory_budget: bytes that logits may take. Default: on a CPU 64 MiB; on a GPU an eighth of the memory that was
+            free at the first call there (apart for calls with gradients and without), but at least 4,096 rows as far as
+            half of it holds them. The process keeps to that, for the size of the tile decides how sums are rounded;
+            where less is free later on, or another process must round alike, pass the bytes.
         The other arguments are those of `token_logps`.
 
     Returns:
@@ -83,7 +86,8 @@ def linear_token_logps_with_stats(
     refuse_transforms("linear_token_logps", hidden, weight, bias)
     # A cast outside the operator: autograd brings the gradient back to the dtype of the tensor.
     hidden = hidden.to(compute_dtype(hidden, head_dtype))
-    budget = resolve_budget(memory_budget, hidden.device)
+    needs = needed_gradients(hidden, weight, bias)
+    budget = resolve_budget(memory_budget, hidden.device, weight.shape[0], hidden.dtype, training=any(needs))
     labels, n = labels.long(), hidden.shape[0]
     targets = None
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -91,7 +95,6 @@ def linear_token_logps_with_stats(
         if not kept.all():
             (targets,) = kept.nonzero(as_tuple=True)
             hidden, labels = hidden[targets], labels[targets]
-    needs = needed_gradients(hidden, weight, bias)
     tile, keep = plan(hidden.shape[0], weight.shape[0], hidden.dtype, budget, keep=needs[1] or needs[2])
     see_products()
     logps, _, rows, _ = _forward_op(
@@ -126,11 +129,12 @@ def _forward(
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
     head = make_head(weight, bias, hidden.dtype, options, row_kernels(impl, hidden))
     results = kernel.RowResults(hidden, stats)
-    buffer = head.buffer(min(tile, hidden.shape[0] - kept))
-    if needs_hidden and not (needs_weight or needs_bias):
-        saved = kernel.fwd_with_hidden_grad(hidden, labels, head, results, buffer)
-    else:
-        saved = kernel.fwd_keeping(hidden, labels, head, results, buffer, kept=kept)
+    with named_if_out_of_memory(tile + kept, weight.shape[0], hidden.dtype):
+        buffer = head.buffer(min(tile, hidden.shape[0] - kept))
+        if needs_hidden and not (needs_weight or needs_bias):
+            saved = kernel.fwd_with_hidden_grad(hidden, labels, head, results, buffer)
+        else:
+            saved = kernel.fwd_keeping(hidden, labels, head, results, buffer, kept=kept)
     return results.logps, results.norms, results.stats, saved
 
 
@@ -161,23 +165,35 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dhidden (N, D), dweight (V, D), dbias (V,), in the dtypes of their tensors; empty where not needed."""
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
+    needs = needs_hidden, needs_weight, needs_bias
+    return _gradients(grad_logps, hidden, weight, bias, labels, norms, p, options, needs, tile, impl)
+
+
+def _gradients(
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, norms: Tensor, p: Tensor,
+    options: LogitOptions, needs: tuple[bool, bool, bool], tile: int, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Those of `_backward`."""
     head = make_head(weight, bias, hidden.dtype, options, row_kernels(impl, hidden))
     n, kept = hidden.shape[0], p.shape[0]
     count = kernel.tile_count(n, kept, tile)
-    grads = kernel.HeadGrads(head, weight=needs_weight, bias=needs_bias, tiles=count)
-    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
-    grad_logps, lift = grad_logps.to(norms.dtype), None
-    if kept:
-        scaled = grad_logps[:kept] * norms[0, :kept]
-        kernel.tile_bwd(slice(0, kept), p, hidden, scaled, head, grads, dhidden)
-    if hidden.dtype == torch.float16:  # as large as a loss scale makes them, where it does
-        lift = (kernel.exponents(grad_logps.abs()) - 1).clamp(0, 12).exp2()
-        grad_logps = grad_logps / lift
-    buffer = head.buffer(min(tile, n - kept))
-    kernel.bwd(hidden, labels, norms, grad_logps, head, grads, dhidden, buffer, lift=lift, start=kept)
+    with named_if_out_of_memory(tile, weight.shape[0], hidden.dtype):
+        grads = kernel.HeadGrads(head, weight=needs[1], bias=needs[2], tiles=count)
+        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        grad_logps, lift = grad_logps.to(norms.dtype), None
+        if kept:
+            scaled = grad_logps[:kept] * norms[0, :kept]
+            kernel.tile_bwd(slice(0, kept), p, hidden, scaled, head, grads, dhidden)
+        if hidden.dtype == torch.float16:  # as large as a loss scale makes them, where it does
+            lift = (kernel.exponents(grad_logps.abs()) - 1).clamp(0, 12).exp2()
+            grad_logps = grad_logps / lift
+        buffer = head.buffer(min(tile, n - kept))
+        kernel.bwd(hidden, labels, norms, grad_logps, head, grads, dhidden, buffer, lift=lift, start=kept)
+        del buffer  # before the sum is cast
+    dweight = grads.weight
     return (
         hidden.new_empty(0) if dhidden is None else dhidden,
-        weight.new_empty(0) if grads.weight is None else grads.weight.to(weight.dtype),
+        weight.new_empty(0) if dweight is None else dweight.to(weight.dtype),
         weight.new_empty(0) if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.ops.budget import rows_within
+from fastdpo.ops.budget import named_if_out_of_memory, rows_within
 from fastdpo.ops.dispatch import LogitOptions, row_kernels
 from fastdpo.ops.library import first_derivative_only, in_transform, refuse_transforms
 from fastdpo.ops.linear_logps import make_head, needed_gradients
@@ -72,10 +72,12 @@ def fused_group_loss(
         None.
     """
     refuse_transforms("linear_loss", hidden, weight, bias)
-    loss, losses, sums, all_stats = FusedGroupLossFunction.apply(
-        hidden, weight, bias, labels.long(), slot_ids, tuple(rows_per_group), tuple(slots_per_group), group_loss,
-        options, stats, sum_p2, memory_budget, row_kernels(impl, hidden),
-    )  # fmt: skip
+    tile = rows_within(memory_budget, weight.shape[0], hidden.dtype)
+    with named_if_out_of_memory(tile, weight.shape[0], hidden.dtype):
+        loss, losses, sums, all_stats = FusedGroupLossFunction.apply(
+            hidden, weight, bias, labels.long(), slot_ids, tuple(rows_per_group), tuple(slots_per_group), group_loss,
+            options, stats, sum_p2, tile, row_kernels(impl, hidden),
+        )  # fmt: skip
     return loss, losses, sums, TokenStats.from_rows(all_stats) if stats else None
 
 
@@ -106,10 +108,9 @@ class FusedGroupLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, slot_ids: Tensor,
         rows_per_group: tuple[int, ...], slots_per_group: tuple[int, ...], group_loss: GroupLoss,
-        options: LogitOptions, stats: bool, sum_p2: bool, memory_budget: int, kernels: Any,
+        options: LogitOptions, stats: bool, sum_p2: bool, tile: int, kernels: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         head = make_head(weight, bias, hidden.dtype, options, kernels)
-        tile = rows_within(memory_budget, weight.shape[0], hidden.dtype)
         chunks, slot_starts = chunk_rows(rows_per_group, tile), [0, *accumulate(slots_per_group)]
         # A group larger than the tile stands alone: log-probs first, and its tiles again for the gradient.
         count = sum(kernel.tile_count(rows.stop - rows.start, 0, tile) for _, _, rows in chunks)

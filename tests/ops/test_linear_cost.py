@@ -166,12 +166,3 @@ def test_memory_on_a_gpu():
         # Over several tiles dweight is summed in float32.
         gradients = hidden.nbytes + weight.nbytes * (1 if rows == n else 3)
         assert used <= memory_budget + 2 * n * d + gradients + 64 * n + (1 << 20)
-
-
-def test_default_budget():
-    cpu = budget.default_budget(torch.device("cpu"))
-    assert 1 << 20 <= cpu <= 1 << 26
-    assert budget.plan(10, 49152, torch.float32, 1 << 26, keep=False) == ((1 << 26) // (49152 * 4), 0)
-    assert budget.plan(10**6, 100, torch.float32, 1 << 40, keep=False).tile == budget.LARGEST_TILE
-    assert budget.plan(10, 1 << 20, torch.float32, 1, keep=True) == (1, 0)
-    assert budget.plan(5000, 10, torch.float32, 10 * 4 * 4500, keep=True) == (4096, 404)
