@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdpo.ops.budget import named_if_out_of_memory, plan, resolve_budget
 from fastdpo.ops.dispatch import LogitOptions, check_impl, check_linear, compute_dtype, row_kernels
+from fastdpo.ops.into_grad import add_scaled, grad_to_add_to
 from fastdpo.ops.library import define, first_derivative_only, refuse_transforms, requires_grad, see_products
 from fastdpo.types import IGNORE_INDEX, TokenStats, accumulation_dtype
 from fastdpo_kernels import linear_logprobs as kernel
@@ -171,14 +172,14 @@ def _backward(
 
 def _gradients(
     grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, norms: Tensor, p: Tensor,
-    options: LogitOptions, needs: tuple[bool, bool, bool], tile: int, impl: str,
+    options: LogitOptions, needs: tuple[bool, bool, bool], tile: int, impl: str, into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Those of `_backward`."""
+    """Those of `_backward`; with `into` (V, D) dweight is added to that, and empty."""
     head = make_head(weight, bias, hidden.dtype, options, row_kernels(impl, hidden))
     n, kept = hidden.shape[0], p.shape[0]
     count = kernel.tile_count(n, kept, tile)
     with named_if_out_of_memory(tile, weight.shape[0], hidden.dtype):
-        grads = kernel.HeadGrads(head, weight=needs[1], bias=needs[2], tiles=count)
+        grads = kernel.HeadGrads(head, weight=needs[1], bias=needs[2], tiles=count, weight_into=into)
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         grad_logps, lift = grad_logps.to(norms.dtype), None
         if kept:
@@ -191,6 +192,10 @@ def _gradients(
         kernel.bwd(hidden, labels, norms, grad_logps, head, grads, dhidden, buffer, lift=lift, start=kept)
         del buffer  # before the sum is cast
     dweight = grads.weight
+    if into is not None and dweight is not None:
+        if dweight is not into:
+            add_scaled(into, dweight, torch.ones((), dtype=dweight.dtype, device=dweight.device))
+        dweight = None
     return (
         hidden.new_empty(0) if dhidden is None else dhidden,
         weight.new_empty(0) if dweight is None else dweight.to(weight.dtype),
@@ -232,6 +237,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_logps is None:
         return (None,) * 15
+    ctx.makes_graph = torch.is_grad_enabled()
     return (_frozen_backward if ctx.frozen_head else _trainable_backward)(ctx, grad_logps)
 
 
@@ -244,8 +250,16 @@ def _frozen_backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
 
 @first_derivative_only("linear_token_logps")
 def _trainable_backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward_op(grad_logps, *ctx.saved_tensors, *ctx.options, *ctx.needs, ctx.tile, ctx.impl)
-    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), *(None,) * 12
+    needs = ctx.needs
+    into = grad_to_add_to(ctx, 1) if needs[1] and not ctx.makes_graph else None
+    if into is None:
+        grads = _backward_op(grad_logps, *ctx.saved_tensors, *ctx.options, *needs, ctx.tile, ctx.impl)
+    else:
+        hidden, weight, bias, labels, norms, p = ctx.saved_tensors
+        options = LogitOptions(*ctx.options)
+        grads = _gradients(grad_logps, hidden, weight, bias, labels, norms, p, options, needs, ctx.tile, ctx.impl, into)
+        needs = needs[0], False, needs[2]
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *(None,) * 12
 
 
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdpo.ops.budget import named_if_out_of_memory, rows_within
 from fastdpo.ops.dispatch import LogitOptions, row_kernels
+from fastdpo.ops.into_grad import add_scaled, grad_to_add_to
 from fastdpo.ops.library import first_derivative_only, in_transform, refuse_transforms
 from fastdpo.ops.linear_logps import make_head, needed_gradients
 from fastdpo.ops.sum_by_id import sum_by_id
@@ -162,6 +163,11 @@ class FusedGroupLossFunction(torch.autograd.Function):
         u, *head_grads = ctx.saved_tensors
         scaled = [None if u is None else u.mul_((ctx.token_grads * grad_loss).unsqueeze(1))]
         grad_loss = grad_loss * ctx.lacking
+        into = None if head_grads[0] is None else grad_to_add_to(ctx, 1)
+        if into is not None:
+            add_scaled(into, head_grads[0], grad_loss)
+            torch.autograd.graph.increment_version(head_grads[0])
+            head_grads[0] = None
         for grad, dtype in zip(head_grads, ctx.dtypes, strict=True):
             if grad is None or grad.dtype == dtype:
                 scaled.append(None if grad is None else grad.mul_(grad_loss))

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastdpo
 from fastdpo.ops import budget, library
-from fastdpo_kernels import eager
+from fastdpo_kernels import eager, linear_logprobs
 
 N, D, V = 96, 32, 512
 ROW = V * 4  # bytes
@@ -35,14 +35,14 @@ def small_tiles(monkeypatch):
 
 
 def per_token(hidden, weight, labels, rows):
-    return fastdpo.linear_token_logps(hidden, weight, labels, memory_budget=rows * ROW).sum()
+    return fastdpo.linear_token_logps(hidden, weight, labels, memory_budget=int(rows * ROW)).sum()
 
 
 def per_pair(hidden, weight, labels, rows, **options):
     ids, counts = pairs()
     refs = torch.zeros(2 * len(counts))
     return fastdpo.linear_loss(
-        hidden, weight, labels, refs, sequence_ids=ids, tokens_per_pair=counts, memory_budget=rows * ROW, **options
+        hidden, weight, labels, refs, sequence_ids=ids, tokens_per_pair=counts, memory_budget=int(rows * ROW), **options
     ).loss.sum()
 
 
@@ -137,6 +137,24 @@ def test_memory_is_the_budget_and_a_copy_of_the_hidden_states(small_tiles, funct
     assert used <= rows * ROW + N * D * 4 + 64 * N + 4 * ROW + gradients
     if rows < N:
         assert used < N * ROW + gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function, rows", [(per_token, 8), (per_token, 8 + 48), (per_token, N), (per_pair, 16)])
+def test_a_gradient_that_is_there_already_takes_no_other_beside_it(small_tiles, monkeypatch, function, rows, dtype):
+    monkeypatch.setattr(linear_logprobs, "CPU_SLAB", slab := 16)
+    hidden, weight, labels = problem()
+    hidden, weight = (tensor.to(dtype).requires_grad_() for tensor in (hidden, weight))
+    budget = rows * dtype.itemsize / 4  # of which the functions make bytes of float32
+    function(hidden, weight, labels, budget).backward()
+    with LiveBytes() as live:
+        function(hidden, weight, labels, budget).backward()
+    # dweight before it has its factor, or over several tiles: in float32 for as long as it is summed up
+    apart = function is per_pair or (dtype == torch.bfloat16 and rows < N)
+    rest = rows * V * dtype.itemsize + 2 * N * D * dtype.itemsize + 64 * N + 4 * ROW
+    if dtype == torch.bfloat16:  # no mixed products on a CPU: the hidden states are cast, and slabs of the rest
+        rest += N * D * 4 + 4 * slab * (N + D) * 4
+    assert live.peak <= rest + (weight.numel() * 4 if apart else 0)
 
 
 def test_memory_is_counted():
