@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdpo.ops.budget import named_if_out_of_memory, plan, resolve_budget
 from fastdpo.ops.dispatch import LogitOptions, check_impl, check_linear, compute_dtype, row_kernels
+from fastdpo.ops.head_backend import head_scores
 from fastdpo.ops.into_grad import add_scaled, grad_to_add_to
 from fastdpo.ops.library import define, first_derivative_only, refuse_transforms, requires_grad, see_products
 from fastdpo.types import IGNORE_INDEX, TokenStats, accumulation_dtype
@@ -48,11 +49,14 @@ def linear_token_logps(
             free at the first call there (apart for calls with gradients and without), but at least 4,096 rows as far as
             half of it holds them. The process keeps to that, for the size of the tile decides how sums are rounded;
             where less is free later on, or another process must round alike, pass the bytes.
+        impl: as in `token_logps`. With "auto", what needs no gradient may come from another package's kernels, where
+            one is installed and agrees: see `fastdpo.ops.head_backend`.
         The other arguments are those of `token_logps`.
 
     Returns:
         (N,) float32 (float64 for a float64 head), in nats. Gradients reach hidden, weight and bias; a sum over several
-        tiles for the weight runs in float32. What is done follows from what needs a gradient; with 2NDV FLOPs for one
+        tiles for the weight runs in float32, in `weight.grad` itself where `backward` finds it there, without hooks and
+        outside torch.distributed. What is done follows from what needs a gradient; with 2NDV FLOPs for one
         product, forward and backward together cost
 
             nothing needs one       2NDV            one tile of logits
@@ -130,6 +134,10 @@ def _forward(
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
     head = make_head(weight, bias, hidden.dtype, options, row_kernels(impl, hidden))
     results = kernel.RowResults(hidden, stats)
+    if not (stats or needs_hidden or needs_weight or needs_bias):
+        score = head_scores(hidden, head, impl)
+        if score is not None:
+            return score(hidden, head.weight, labels), results.norms, results.stats, head.buffer(0)
     with named_if_out_of_memory(tile + kept, weight.shape[0], hidden.dtype):
         buffer = head.buffer(min(tile, hidden.shape[0] - kept))
         if needs_hidden and not (needs_weight or needs_bias):
