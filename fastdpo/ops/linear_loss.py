@@ -149,7 +149,9 @@ class FusedGroupLossFunction(torch.autograd.Function):
             else:
                 kernel.bwd(hidden, labels, results.norms, token_grads, head, grads, u, buffer, lift=lift,
                            start=rows.start, end=rows.stop, scaled=False)  # fmt: skip
-        ctx.save_for_backward(u, grads.weight, grads.bias)
+        ctx.save_for_backward(u)
+        # Not among what hooks may take for activations, and carry to the host and back.
+        ctx.head_grads = [grads.weight, grads.bias]
         ctx.token_grads, ctx.lacking = token_grads, grads.lacking()
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(losses, sums, results.stats)
@@ -159,14 +161,18 @@ class FusedGroupLossFunction(torch.autograd.Function):
     @first_derivative_only("linear_loss", connected=False)
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # In place where the dtype is already that of the tensor: a second copy of a head's gradient can be gigabytes.
-        # Autograd sees the change, so a second backward through the same graph raises instead of scaling twice.
-        u, *head_grads = ctx.saved_tensors
+        head_grads, ctx.head_grads = ctx.head_grads, None
+        if head_grads is None:
+            raise RuntimeError(
+                "linear_loss formed its gradient in the forward pass, and a backward has had it; call linear_loss "
+                "again for another."
+            )
+        (u,) = ctx.saved_tensors
         scaled = [None if u is None else u.mul_((ctx.token_grads * grad_loss).unsqueeze(1))]
         grad_loss = grad_loss * ctx.lacking
         into = None if head_grads[0] is None else grad_to_add_to(ctx, 1)
         if into is not None:
             add_scaled(into, head_grads[0], grad_loss)
-            torch.autograd.graph.increment_version(head_grads[0])
             head_grads[0] = None
         for grad, dtype in zip(head_grads, ctx.dtypes, strict=True):
             if grad is None or grad.dtype == dtype:
