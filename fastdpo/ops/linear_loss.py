@@ -186,8 +186,13 @@ def _group_gradient(
     group_loss: GroupLoss, first: int, end: int, sums: Tensor, sums_p2: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """losses (groups,) and d sum(losses) / d sums, (slots,)."""
-    with torch.enable_grad():
+    # With hooks of its own: a checkpoint around it would run all again to give back what is saved here.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
         leaf = sums.detach().requires_grad_()
         losses = group_loss(first, end, leaf, sums_p2)
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
     return losses.detach(), grad
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
