@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from counting import LiveBytes
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdpo
@@ -86,27 +84,6 @@ def test_flops(small_tiles, function, trained, rows, expected):
 def test_flops_with_reduction_none_are_those_of_the_token_way(small_tiles):
     assert count(per_pair, BOTH, N, reduction="none") == 6
     assert count(per_pair, BOTH, 8, reduction="none") == 8
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside took at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in known:
-                    self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.storages = {key: value for key, value in self.storages.items() if not value[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return result
 
 
 @pytest.fixture(scope="module", autouse=True)
