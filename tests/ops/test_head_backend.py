@@ -183,6 +183,9 @@ def test_what_no_backend_serves(install, change):
     hidden, weight = change.get("hidden", lambda h: h)(hidden), change.get("weight", lambda w: w)(weight)
     options = {k: v for k, v in change.items() if k in ("bias", "softcap", "temperature", "impl")}
     logps = fastdpo.linear_token_logps(hidden, weight, labels, **options)
+    if logps.requires_grad:
+        logps.sum().backward()
+        assert all(leaf.grad.isfinite().all() for leaf in (hidden, weight) if leaf.requires_grad)
     assert not fake.rows and logps.isfinite().all()
 
 
