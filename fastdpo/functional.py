@@ -33,6 +33,8 @@ from fastdpo.ops import (
 )
 from fastdpo.ops.budget import resolve_budget
 from fastdpo.ops.dispatch import LogitOptions, check_device, check_integers, check_linear, compute_dtype
+from fastdpo.ops.into_grad import GradAhead
+from fastdpo.ops.linear_logps import needed_gradients
 from fastdpo.types import IGNORE_INDEX, LossOutput, TokenStats, accumulation_dtype
 
 __all__ = [
@@ -173,6 +175,7 @@ def linear_loss(
     logit_scale: float = 1.0,
     head_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    head_grad_scale: float | None = None,
     token_metrics: bool = True,
     impl: str = "auto",
     **loss_options: Any,
@@ -200,11 +203,17 @@ def linear_loss(
             of pair 0 come first, then those of pair 1, and so on. Saves a sort and a wait for the device. Rows of
             answers to other prompts come last, and are not counted here.
         head_dtype, memory_budget: as in `linear_token_logps`.
+        head_grad_scale: what `backward` will bring as the gradient of `.loss`, where that is known before: 1.0 for
+            `.loss.backward()`, 1 / 8 where it is divided by 8 accumulation steps. For a head in float32 whose gradient
+            is formed in the forward pass this saves its sum, 4VD bytes: the tiles are added to `weight.grad` in the
+            forward pass already. In exchange each call needs its one `backward`, with that gradient, before the next
+            call and before `zero_grad`, and none may be checkpointed. Not for float16, nor under torch.distributed.
         The other arguments are those of `loss`.
 
     Raises:
         ValueError: as `loss` and `linear_token_logps`. RuntimeError: a second backward where the gradient was formed in
-            the forward pass.
+            the forward pass; a backward other than `head_grad_scale` announced (on a GPU, where looking would wait for
+            it, another gradient makes the first row of `weight.grad` NaN).
     """
     losses = resolve_losses(loss_type, loss_weights, beta=beta, label_smoothing=label_smoothing, **loss_options)
     check_reduction(reduction)
@@ -223,7 +232,9 @@ def linear_loss(
         count, sequence_ids = _packed(inputs, losses, sequence_ids, hidden, "hidden")
         _check_labels(labels, weight.shape[0], ignore_index)
     check_linear(hidden, weight, labels, bias)
-    budget = resolve_budget(memory_budget, hidden.device)
+    _check_scale(head_grad_scale, weight, compute_dtype(hidden, head_dtype))
+    dtype, training = compute_dtype(hidden, head_dtype), any(needed_gradients(hidden, weight, bias))
+    budget = resolve_budget(memory_budget, hidden.device, weight.shape[0], dtype, training=training)
     head: dict[str, Any] = {"bias": bias, "head_dtype": head_dtype, "memory_budget": budget, "impl": impl}
     own = own_sequences(inputs, losses, count)
     if losses.data == "answers":
@@ -241,7 +252,7 @@ def linear_loss(
         check_rows(tokens_per_pair, groups, sequence_ids)
     stats = token_metrics or losses.use_weighting
     per_pair = reduction != "none" and losses.per_pair
-    if not (per_pair and is_fused(hidden, weight, bias, compute_dtype(hidden, head_dtype), budget)):
+    if not (per_pair and is_fused(hidden, weight, bias, dtype, budget)):
         logps, token_stats = linear_token_logps_with_stats(hidden, weight, labels, options, stats=stats, **head)
         output = loss_of_tokens(
             groups, logps, token_stats, labels, sequence_ids, reduction=reduction, ignore_index=ignore_index,
@@ -252,10 +263,14 @@ def linear_loss(
     if tokens_per_pair is None:
         order, tokens_per_pair = rows_by_group(groups, sequence_ids)
         hidden, labels, sequence_ids = hidden[order], labels[order], sequence_ids[order]
+    ahead = None
+    if head_grad_scale is not None and weight.requires_grad:
+        one = torch.ones((), dtype=accumulation_dtype(dtype), device=hidden.device)
+        ahead = GradAhead(weight, head_grad_scale * groups.reduced(one, reduction))
     total, each, sums, token_stats = fused_group_loss(
-        hidden.to(compute_dtype(hidden, head_dtype)), weight, labels,
+        hidden.to(dtype), weight, labels,
         groups.slot_ids(sequence_ids, labels != ignore_index), tokens_per_pair, groups.slots_per_group, groups,
-        options, bias=bias, stats=stats, sum_p2=losses.use_weighting, memory_budget=budget, impl=impl,
+        options, bias=bias, stats=stats, sum_p2=losses.use_weighting, memory_budget=budget, ahead=ahead, impl=impl,
     )  # fmt: skip
     tokens = mean_stats(token_stats, labels, sequence_ids, groups, ignore_index) if token_metrics else None
     return groups.output(each, groups.reduced(total, reduction), sums, tokens)
@@ -316,6 +331,23 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int, first: int
         raise ValueError(
             f"labels{place} is {int(labels[tuple(place)])}, and there are {vocabulary} tokens; labels must lie in "
             f"[0, {vocabulary}) or be ignore_index={ignore_index}."
+        )
+
+
+def _check_scale(head_grad_scale: float | None, weight: Tensor, dtype: torch.dtype) -> None:
+    if head_grad_scale is None:
+        return
+    if isinstance(head_grad_scale, bool) or not isinstance(head_grad_scale, int | float) or head_grad_scale == 0:
+        raise ValueError(f"head_grad_scale is {head_grad_scale!r}; it must be a number other than 0, or None.")
+    if dtype == torch.float16:
+        raise ValueError(
+            "head_grad_scale is for products in bfloat16 and float32: the loss scale that float16 needs is not known "
+            "before the backward; leave it out."
+        )
+    if weight.requires_grad and not (weight.is_leaf and weight.dtype in (torch.float32, torch.float64)):
+        raise ValueError(
+            "head_grad_scale has the head's gradient summed up in weight.grad, so weight must be a leaf in float32 or "
+            f"float64, and this one is {weight.dtype}{'' if weight.is_leaf else ' and no leaf'}; leave it out."
         )
 
 

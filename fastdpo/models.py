@@ -266,27 +266,35 @@ def _check_lengths(model: Any, batch: PreferenceBatch) -> None:
         )
 
 
-def target_logps(model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto") -> Tensor:
+def target_logps(
+    model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto", memory_budget: int | None = None
+) -> Tensor:
     """(N,): the log-prob of each of the batch's targets. `model` as `causal_lm` returns it."""
     hidden = target_hidden_states(model, batch, attention_backend=attention_backend)
     head = lm_head(model)
-    return linear_token_logps(hidden, head.weight, batch.target_ids, **head.kwargs())
+    return linear_token_logps(hidden, head.weight, batch.target_ids, memory_budget=memory_budget, **head.kwargs())
 
 
 def forward_logps(
-    model: Any, batch: PreferenceBatch, *, attention_backend: str, ld_alpha: float | None = None
-) -> Tensor:
+    model: Any, batch: PreferenceBatch, *, attention_backend: str, ld_alpha: float | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:  # fmt: skip
     """`fastdpo.sequence_logps`, through the model's own forward where something is wrapped around it; unverified."""
     inner = causal_lm(model)
-    options: dict[str, Any] = {"attention_backend": attention_backend, "ld_alpha": ld_alpha}
+    options: dict[str, Any] = {
+        "attention_backend": attention_backend, "ld_alpha": ld_alpha, "memory_budget": memory_budget
+    }  # fmt: skip
     if has_wrapper(model):
         with extended_forward(inner):
             return through_forward(model, batch, pass_options=options)
     return _sequence_logps(inner, batch, **options)
 
 
-def _sequence_logps(inner: Any, batch: PreferenceBatch, *, attention_backend: str, ld_alpha: float | None) -> Tensor:
-    logps = target_logps(inner, batch, attention_backend=attention_backend)
+def _sequence_logps(
+    inner: Any, batch: PreferenceBatch, *, attention_backend: str, ld_alpha: float | None,
+    memory_budget: int | None = None,
+) -> Tensor:  # fmt: skip
+    logps = target_logps(inner, batch, attention_backend=attention_backend, memory_budget=memory_budget)
     if ld_alpha is not None:
         return length_desensitized(logps, batch.sequence_ids, batch.num_sequences, ld_alpha)
     return sum_by_id(logps, batch.sequence_ids, batch.num_sequences).to(logps.dtype)

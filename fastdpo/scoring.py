@@ -19,7 +19,12 @@ Sequences = Sequence[tuple[Any, Any]]  # of (prompt ids, completion ids), lists 
 
 
 def sequence_logps(
-    model: Any, batch: PreferenceBatch, *, attention_backend: str = "auto", ld_alpha: float | None = None
+    model: Any,
+    batch: PreferenceBatch,
+    *,
+    attention_backend: str = "auto",
+    ld_alpha: float | None = None,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """Sum of the completion's log-probs for each sequence of a batch from PreferenceCollator.
 
@@ -27,6 +32,7 @@ def sequence_logps(
         model: a transformers causal language model, plain, with PEFT adapters, or in a data-parallel wrapper.
         batch: on the model's device (`batch.to(device)`).
         ld_alpha: of pairs: what tokens beyond the length of the pair's shorter answer weigh, as in the loss.
+        memory_budget: bytes that logits may take, as in `linear_token_logps`.
 
     Returns:
         (S,) float32, in the order of the batch's sequences (of pairs (2B,), chosen first), differentiable in the
@@ -39,7 +45,9 @@ def sequence_logps(
     if ld_alpha is not None and batch.data != "pairs":
         raise ValueError(f"ld_alpha={ld_alpha} compares the two answers of a pair, and the batch holds {batch.data}.")
     ensure_verified(model, batch.packing, attention_backend)
-    return forward_logps(model, batch, attention_backend=attention_backend, ld_alpha=ld_alpha)
+    return forward_logps(
+        model, batch, attention_backend=attention_backend, ld_alpha=ld_alpha, memory_budget=memory_budget
+    )
 
 
 def batch_loss(

@@ -7,6 +7,7 @@ may be missing; nobody's code is changed, and each is called with its own defaul
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from problems import BETA, Problem, naive_logps
 from torch import Tensor
 
 import fastdpo
+from fastdpo.ops.head_backend import VARIABLE
 
 Function = Callable[..., Tensor]
 LOW_BUDGET = 256 << 20
@@ -67,6 +69,24 @@ def fastdpo_logits(problem: Any, **options: Any) -> Function:
 
 def fastdpo_head(problem: Any, **options: Any) -> Function:
     return lambda hidden, weight: fastdpo.linear_token_logps(hidden, weight, problem.labels, **options)
+
+
+def with_backend(name: str, problem: Any) -> Function:
+    """`fastdpo_head`, where no gradient is needed on the named package's kernels (`fastdpo.ops.head_backend`)."""
+    head = fastdpo_head(problem)
+
+    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
+        before = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = name
+        try:
+            return head(hidden, weight)
+        finally:
+            if before is None:
+                del os.environ[VARIABLE]
+            else:
+                os.environ[VARIABLE] = before
+
+    return logps
 
 
 def fastdpo_dpo(problem: Any, **options: Any) -> Function:
@@ -190,6 +210,9 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "head": (
         Variant("fastdpo", fastdpo_head),
         Variant("fastdpo, 256 MiB", lambda problem: fastdpo_head(problem, memory_budget=LOW_BUDGET)),
+        Variant("fastdpo, own kernels", lambda problem: with_backend("none", problem)),
+        Variant("quack in fastdpo", lambda problem: with_backend("quack", problem), QUACK, needs_cuda=True),
+        Variant("Liger in fastdpo", lambda problem: with_backend("liger", problem), LIGER, needs_cuda=True),
         *_TOKENS_OF_HEAD,
         Variant("torch.compile", compiled(eager_head)),
         Variant("Liger", lambda problem: liger_head(problem, reduction="sum"), LIGER, returns="sum", needs_cuda=True),

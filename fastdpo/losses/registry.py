@@ -24,8 +24,8 @@ _ARGUMENTS = frozenset({
     "beta", "loss_type", "loss_weights", "reduction", "ref_logps", "pair_weights", "margins", "lengths",
     "chosen_lengths", "rejected_lengths", "mean_chosen_length", "list_sizes", "ranks", "desirable", "kl", "kl_logps",
     "ref_kl_logps", "sequence_ids", "tokens_per_pair", "ignore_index", "temperature", "softcap", "logit_scale", "impl",
-    "token_metrics", "inplace_backward", "bias", "head_dtype", "memory_budget", "attention_backend",
-    "router_aux_loss_coef",
+    "token_metrics", "inplace_backward", "bias", "head_dtype", "head_grad_scale", "memory_budget",
+    "attention_backend", "router_aux_loss_coef",
 })  # fmt: skip
 
 # Options that act on what a loss is a function of, not on the loss: the value that changes nothing.

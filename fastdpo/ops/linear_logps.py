@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.ops.budget import plan, resolve_budget
+from fastdpo.ops.budget import named_if_out_of_memory, plan, resolve_budget
 from fastdpo.ops.dispatch import LogitOptions, check_impl, check_linear, compute_dtype, row_kernels
+from fastdpo.ops.head_backend import head_scores
+from fastdpo.ops.into_grad import add_scaled, grad_to_add_to
 from fastdpo.ops.library import define, first_derivative_only, refuse_transforms, requires_grad, see_products
 from fastdpo.types import IGNORE_INDEX, TokenStats, accumulation_dtype
 from fastdpo_kernels import linear_logprobs as kernel
@@ -43,12 +45,18 @@ def linear_token_logps(
         bias: (V,) or None.
         head_dtype: dtype of logits and products. Default: that of autocast where it is on, else that of `hidden`.
             `torch.float32` gives a float32 head to a bfloat16 model.
-        memory_budget: bytes that logits may take. Default: an eighth of the free memory (64 MiB on a CPU).
+        memory_budget: bytes that logits may take. Default: on a CPU 64 MiB; on a GPU an eighth of the memory that was
+            free at the first call there (apart for calls with gradients and without), but at least 4,096 rows as far as
+            half of it holds them. The process keeps to that, for the size of the tile decides how sums are rounded;
+            where less is free later on, or another process must round alike, pass the bytes.
+        impl: as in `token_logps`. With "auto", what needs no gradient may come from another package's kernels, where
+            one is installed and agrees: see `fastdpo.ops.head_backend`.
         The other arguments are those of `token_logps`.
 
     Returns:
         (N,) float32 (float64 for a float64 head), in nats. Gradients reach hidden, weight and bias; a sum over several
-        tiles for the weight runs in float32. What is done follows from what needs a gradient; with 2NDV FLOPs for one
+        tiles for the weight runs in float32, in `weight.grad` itself where `backward` finds it there, without hooks and
+        outside torch.distributed. What is done follows from what needs a gradient; with 2NDV FLOPs for one
         product, forward and backward together cost
 
             nothing needs one       2NDV            one tile of logits
@@ -83,7 +91,8 @@ def linear_token_logps_with_stats(
     refuse_transforms("linear_token_logps", hidden, weight, bias)
     # A cast outside the operator: autograd brings the gradient back to the dtype of the tensor.
     hidden = hidden.to(compute_dtype(hidden, head_dtype))
-    budget = resolve_budget(memory_budget, hidden.device)
+    needs = needed_gradients(hidden, weight, bias)
+    budget = resolve_budget(memory_budget, hidden.device, weight.shape[0], hidden.dtype, training=any(needs))
     labels, n = labels.long(), hidden.shape[0]
     targets = None
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -91,7 +100,6 @@ def linear_token_logps_with_stats(
         if not kept.all():
             (targets,) = kept.nonzero(as_tuple=True)
             hidden, labels = hidden[targets], labels[targets]
-    needs = needed_gradients(hidden, weight, bias)
     tile, keep = plan(hidden.shape[0], weight.shape[0], hidden.dtype, budget, keep=needs[1] or needs[2])
     see_products()
     logps, _, rows, _ = _forward_op(
@@ -126,11 +134,16 @@ def _forward(
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
     head = make_head(weight, bias, hidden.dtype, options, row_kernels(impl, hidden))
     results = kernel.RowResults(hidden, stats)
-    buffer = head.buffer(min(tile, hidden.shape[0] - kept))
-    if needs_hidden and not (needs_weight or needs_bias):
-        saved = kernel.fwd_with_hidden_grad(hidden, labels, head, results, buffer)
-    else:
-        saved = kernel.fwd_keeping(hidden, labels, head, results, buffer, kept=kept)
+    if not (stats or needs_hidden or needs_weight or needs_bias):
+        score = head_scores(hidden, head, impl)
+        if score is not None:
+            return score(hidden, head.weight, labels), results.norms, results.stats, head.buffer(0)
+    with named_if_out_of_memory(tile + kept, weight.shape[0], hidden.dtype):
+        buffer = head.buffer(min(tile, hidden.shape[0] - kept))
+        if needs_hidden and not (needs_weight or needs_bias):
+            saved = kernel.fwd_with_hidden_grad(hidden, labels, head, results, buffer)
+        else:
+            saved = kernel.fwd_keeping(hidden, labels, head, results, buffer, kept=kept)
     return results.logps, results.norms, results.stats, saved
 
 
@@ -161,23 +174,39 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dhidden (N, D), dweight (V, D), dbias (V,), in the dtypes of their tensors; empty where not needed."""
     options = LogitOptions(ignore_index, temperature, softcap, logit_scale)
+    needs = needs_hidden, needs_weight, needs_bias
+    return _gradients(grad_logps, hidden, weight, bias, labels, norms, p, options, needs, tile, impl)
+
+
+def _gradients(
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, norms: Tensor, p: Tensor,
+    options: LogitOptions, needs: tuple[bool, bool, bool], tile: int, impl: str, into: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Those of `_backward`; with `into` (V, D) dweight is added to that, and empty."""
     head = make_head(weight, bias, hidden.dtype, options, row_kernels(impl, hidden))
     n, kept = hidden.shape[0], p.shape[0]
     count = kernel.tile_count(n, kept, tile)
-    grads = kernel.HeadGrads(head, weight=needs_weight, bias=needs_bias, tiles=count)
-    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
-    grad_logps, lift = grad_logps.to(norms.dtype), None
-    if kept:
-        scaled = grad_logps[:kept] * norms[0, :kept]
-        kernel.tile_bwd(slice(0, kept), p, hidden, scaled, head, grads, dhidden)
-    if hidden.dtype == torch.float16:  # as large as a loss scale makes them, where it does
-        lift = (kernel.exponents(grad_logps.abs()) - 1).clamp(0, 12).exp2()
-        grad_logps = grad_logps / lift
-    buffer = head.buffer(min(tile, n - kept))
-    kernel.bwd(hidden, labels, norms, grad_logps, head, grads, dhidden, buffer, lift=lift, start=kept)
+    with named_if_out_of_memory(tile, weight.shape[0], hidden.dtype):
+        grads = kernel.HeadGrads(head, weight=needs[1], bias=needs[2], tiles=count, weight_into=into)
+        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        grad_logps, lift = grad_logps.to(norms.dtype), None
+        if kept:
+            scaled = grad_logps[:kept] * norms[0, :kept]
+            kernel.tile_bwd(slice(0, kept), p, hidden, scaled, head, grads, dhidden)
+        if hidden.dtype == torch.float16:  # as large as a loss scale makes them, where it does
+            lift = (kernel.exponents(grad_logps.abs()) - 1).clamp(0, 12).exp2()
+            grad_logps = grad_logps / lift
+        buffer = head.buffer(min(tile, n - kept))
+        kernel.bwd(hidden, labels, norms, grad_logps, head, grads, dhidden, buffer, lift=lift, start=kept)
+        del buffer  # before the sum is cast
+    dweight = grads.weight
+    if into is not None and dweight is not None:
+        if dweight is not into:
+            add_scaled(into, dweight, torch.ones((), dtype=dweight.dtype, device=dweight.device))
+        dweight = None
     return (
         hidden.new_empty(0) if dhidden is None else dhidden,
-        weight.new_empty(0) if grads.weight is None else grads.weight.to(weight.dtype),
+        weight.new_empty(0) if dweight is None else dweight.to(weight.dtype),
         weight.new_empty(0) if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
     )
 
@@ -216,6 +245,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_logps is None:
         return (None,) * 15
+    ctx.makes_graph = torch.is_grad_enabled()
     return (_frozen_backward if ctx.frozen_head else _trainable_backward)(ctx, grad_logps)
 
 
@@ -228,8 +258,16 @@ def _frozen_backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
 
 @first_derivative_only("linear_token_logps")
 def _trainable_backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward_op(grad_logps, *ctx.saved_tensors, *ctx.options, *ctx.needs, ctx.tile, ctx.impl)
-    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), *(None,) * 12
+    needs = ctx.needs
+    into = grad_to_add_to(ctx, 1) if needs[1] and not ctx.makes_graph else None
+    if into is None:
+        grads = _backward_op(grad_logps, *ctx.saved_tensors, *ctx.options, *needs, ctx.tile, ctx.impl)
+    else:
+        hidden, weight, bias, labels, norms, p = ctx.saved_tensors
+        options = LogitOptions(*ctx.options)
+        grads = _gradients(grad_logps, hidden, weight, bias, labels, norms, p, options, needs, ctx.tile, ctx.impl, into)
+        needs = needs[0], False, needs[2]
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *(None,) * 12
 
 
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)

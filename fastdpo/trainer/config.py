@@ -80,7 +80,10 @@ class PreferenceConfig(OldNames, TrainingArguments):
     pad_token: str | None = option(
         "The padding token, where the tokenizer has none; unset, its end-of-text token.", None
     )
-    memory_budget: int | None = option("Bytes for logits; unset, an eighth of the free memory (64 MiB on a CPU).", None)
+    memory_budget: int | None = option(
+        "Bytes for logits. Unset, a run chooses once and keeps to it, also when it is resumed: on a CPU 64 MiB; on a "
+        "GPU an eighth of what gradients and optimizer leave free, but at least 4096 tokens where half of it holds "
+        "them.", None)  # fmt: skip
     nan_loss: str = option(
         "What a loss or gradient does that is no finite number: stop (seen when it is logged or saved; the step's rows "
         "are written to output_dir/nan_rows.jsonl) or skip (no update in that step; waits for the device each step).",

@@ -52,6 +52,7 @@ from fastdpo.trainer.dataset import (
     within_vocabulary,
 )
 from fastdpo.trainer.even_rows import EvenRows, EvenStream
+from fastdpo.trainer.head_memory import choose_budget
 from fastdpo.trainer.kept_reference import KeptReference, activate_adapter
 from fastdpo.trainer.lent_model import LentModel, without_autocast
 from fastdpo.trainer.master_weights import LostUpdates, kept_in_float32
@@ -149,6 +150,8 @@ class PreferenceTrainer(ReferencedTrainer):
             eval_dataset = self._prepared(eval_dataset, processing_class, args, "eval")
         self._metrics = {"train": MetricSums(), "eval": MetricSums()}
         self._lent_model: LentModel | None = None
+        # Bytes that logits may take, None until the first pass chooses: see `fastdpo.trainer.head_memory`.
+        self.memory_budget: int | None = args.memory_budget
         caches = inner.config.use_cache if hasattr(inner.config, "use_cache") else None
         super().__init__(
             model=model,
@@ -304,9 +307,15 @@ class PreferenceTrainer(ReferencedTrainer):
             **self.args.loss_arguments(),
             "attention_backend": self.args.attention_backend,
             "reduction": "sum",
-            "memory_budget": self.args.memory_budget,
+            "memory_budget": self._head_budget(),
             "router_aux_loss_coef": self.router_aux_loss_coef,
         }
+
+    def _head_budget(self) -> int:
+        """`memory_budget`, chosen at the first pass that asks; all processes call it."""
+        if self.memory_budget is None:
+            self.memory_budget = choose_budget(self)
+        return self.memory_budget
 
     def _mean_over_processes(self, value: Tensor, count: float) -> Tensor:
         """Of the means of each process over `count` rows."""

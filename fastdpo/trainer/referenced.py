@@ -40,6 +40,10 @@ class ReferencedTrainer(SurvivingTrainer):
         """The reference, where it is a model of its own."""
         return self._reference.model
 
+    def _head_budget(self) -> int:
+        """Bytes that logits may take."""
+        raise NotImplementedError
+
     def _prepare_reference(self) -> None:
         """Columns of reference log-probs where they are to be computed ahead; else a frozen model to run beside."""
         self._ref_cache: ReferenceCache | None = None
@@ -134,8 +138,9 @@ class ReferencedTrainer(SurvivingTrainer):
         reference = self._reference.runs
         with evaluating(reference), torch.no_grad(), self._reference.running(), self.accelerator.autocast():
             return sequence_logps(
-                reference, batch, attention_backend=self.args.attention_backend, ld_alpha=self._losses.ld_alpha
-            )
+                reference, batch, attention_backend=self.args.attention_backend, ld_alpha=self._losses.ld_alpha,
+                memory_budget=self._head_budget(),
+            )  # fmt: skip
 
 
 def _reference_lost() -> UserError:

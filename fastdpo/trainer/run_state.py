@@ -1,6 +1,7 @@
 """What a checkpoint holds beside transformers' own files, so that a resumed run goes on to the bit.
 
-fastdpo_state.json      sums of metrics and of the loss since the last log, tokens seen, and what the run is of
+fastdpo_state.json      sums of metrics and of the loss since the last log, tokens seen, the head's memory budget, and
+                        what the run is of
 reference.safetensors   a moving reference as it is now
 """
 
@@ -18,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastdpo.evaluation import generate_from_ids
+from fastdpo.trainer.head_memory import resume_budget
 from fastdpo.trainer.resuming import STATE, run_identity
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def save_state(trainer: PreferenceTrainer, folder: Path) -> None:
         "skipped": trainer._skipped,
         "passes": trainer._passes,
         "num_tokens": tokens,
+        "memory_budget": trainer.memory_budget,
         "run": run_identity(trainer),
     }
     (folder / STATE).write_text(json.dumps(state))
@@ -95,6 +98,7 @@ class RunCallback(TrainerCallback):
         trainer.forget_steps()
         if trainer._resumed_from:
             load_state(trainer, Path(trainer._resumed_from))
+            resume_budget(trainer, Path(trainer._resumed_from))
         trainer.measure_ceiling()
         if args.show_generations and not trainer._resumed_from:
             self._show("before")

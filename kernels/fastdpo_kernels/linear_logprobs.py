@@ -106,7 +106,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
     """out = a @ b, or out += a @ b where `add`, summed in float32 or better and rounded to the dtype of out."""
     same = a.dtype == out.dtype
-    if same and (a.dtype == accumulator(a.dtype) or (a.is_cuda and not add)):
+    if same and (a.is_cuda or a.dtype == accumulator(a.dtype)):
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif a.is_cuda and out.dtype == torch.float32 and not same and a.dtype != torch.float64:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
@@ -131,25 +131,35 @@ class HeadGrads:
     One tile alone writes the gradient in the dtype of the weight; the sum over several runs in float32 (float64 for
     float64 weights) and is cast by the caller.
 
+    Products are added to `weight_into` (V, D), what the weight's gradient holds already, where that is as exact as a
+    sum apart: it is float32 or better, or there is one tile. Then it is `weight` itself.
+
     With `before_scale`, of gradients that are still to be multiplied by a loss scale: float16 could not hold them. Then
     the sum is float32 even over one tile, and lacks a factor of 2**exponent, chosen so that the largest gradient of a
     token is about 1. Where a later chunk has a larger one, the sum is made smaller: in float16 that is a pass over the
     head for each chunk, for nobody waits to see whether it is needed.
     """
 
-    def __init__(self, head: Head, *, weight: bool, bias: bool, tiles: int, before_scale: bool = False):
+    def __init__(
+        self, head: Head, *, weight: bool, bias: bool, tiles: int, before_scale: bool = False,
+        weight_into: Tensor | None = None,
+    ):  # fmt: skip
         self._lifting = before_scale and head.dtype == torch.float16
 
         def empty(like: Tensor) -> Tensor:
             dtype = like.dtype if tiles == 1 and not before_scale else accumulator(like.dtype)
             return torch.empty(like.shape, dtype=dtype, device=like.device)
 
-        self.weight = empty(head.weight) if weight else None
+        self._into = weight_into is not None and (tiles <= 1 or weight_into.dtype == accumulator(weight_into.dtype))
+        if self._into:
+            self.weight = weight_into
+        else:
+            self.weight = empty(head.weight) if weight else None
         self.bias = empty(head.bias) if bias and head.bias is not None else None
         self._added = 0
         self._exponent: Tensor | None = None
         if tiles == 0:
-            for total in (self.weight, self.bias):
+            for total in (None if self._into else self.weight, self.bias):
                 if total is not None:
                     total.zero_()
 
@@ -178,7 +188,7 @@ class HeadGrads:
             grad = grad * (-self._exponent).exp2()
         if self.weight is not None:
             scaled = torch.mul(hidden, grad.unsqueeze(1), out=torch.empty_like(hidden))
-            product(self.weight, p.t(), scaled, add=self._added > 0)
+            product(self.weight, p.t(), scaled, add=self._into or self._added > 0)
         if self.bias is not None:
             product(self.bias.unsqueeze(1), p.t(), grad.to(p.dtype).unsqueeze(1), add=self._added > 0)
         self._added += 1

@@ -153,7 +153,9 @@ def test_a_second_trainer_has_the_precision_it_asks_for(tmp_path, first):
 def test_a_model_that_another_trainer_left_in_autocast(tmp_path):
     """As transformers.Trainer leaves it: with accelerate's autocast around its forward."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the trainer of a test before this one
     model = tiny_model()
     rows = random_rows(8)
     wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
