@@ -141,9 +141,11 @@ def relative_slope(b, KIND: tl.constexpr):
 
 
 @triton.jit
-def log_prob(label_t, log_sum):
-    """t log 2 - log_sum, which rounding must not lift above 0: of a certain token, log(1 - p) is wanted. NaN stays."""
+def log_prob(label_t, label_z, log_sum):
+    """t log 2 - log_sum of the label, and z itself where t is too large for float32. NaN stays."""
     logp = tl.fma(label_t, LN_2, -log_sum)
+    logp = tl.where(logp == -float("inf"), label_z, logp)
+    # Rounding must not lift it above 0: of a token that is certain, log(1 - p) is wanted.
     return tl.where(logp > 0.0, 0.0, logp)
 
 

@@ -182,13 +182,14 @@ def _token_logprobs_fwd_kernel(
     row_t = tl.where(empty, 0.0, log2_z(row_b, outer2, anchor, KIND))
     log_sum = tl.log(sum_e * tl.exp2(-row_t))
     label_b = bounded(label_x, inner, KIND)
-    tl.store(logps + row, log_prob(log2_z(label_b, outer2, anchor, KIND) - row_t, log_sum))
+    label_z = natural_z(label_b, outer, KIND)
+    tl.store(logps + row, log_prob(log2_z(label_b, outer2, anchor, KIND) - row_t, label_z, log_sum))
     tl.store(norms + row, tl.where(empty, 0.0, row_z))
     tl.store(norms + n_rows + row, log_sum)
     if HAS_STATS:
         tl.store(stats + row, log_sum - (sum_et / sum_e - row_t) * LN_2)
         tl.store(stats + n_rows + row, sum_z / V * (outer if KIND == LINEAR else LN_2))
-        tl.store(stats + 2 * n_rows + row, (natural_z(label_b, outer, KIND) >= row_z).to(tl.float32))
+        tl.store(stats + 2 * n_rows + row, (label_z >= row_z).to(tl.float32))
         tl.store(stats + 3 * n_rows + row, tl.log(sum_ee * tl.exp2(-2.0 * row_t)) - 2.0 * log_sum)
 
 

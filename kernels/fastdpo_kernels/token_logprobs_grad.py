@@ -220,7 +220,8 @@ def _token_logprobs_fwd_grad_kernel(
             sum_ee += tl.sum(edge_e * edge_e, axis=0)
     label_t = log2_z(label_b, outer2, tl.where(n == -float("inf"), 0.0, n), KIND)
     log_sum = tl.log(sum_e)
-    tl.store(logps + row, log_prob(label_t, log_sum))
+    label_z = natural_z(label_b, outer, KIND)
+    tl.store(logps + row, log_prob(label_t, label_z, log_sum))
     tl.store(scales + row, tl.where(in_range, -slope / sum_e, float("nan")))
     tl.debug_barrier()  # another thread has written the label's column
     label_q = (tl.exp2(label_t) - sum_e) * relative_slope(label_b, KIND)
@@ -229,7 +230,7 @@ def _token_logprobs_fwd_grad_kernel(
         row_z = natural_z(bounded(m, inner, KIND), outer, KIND)
         tl.store(stats + row, log_sum - sum_et / sum_e * LN_2)
         tl.store(stats + n_rows + row, sum_z / V * (outer if KIND == LINEAR else LN_2))
-        tl.store(stats + 2 * n_rows + row, (natural_z(label_b, outer, KIND) >= row_z).to(tl.float32))
+        tl.store(stats + 2 * n_rows + row, (label_z >= row_z).to(tl.float32))
         tl.store(stats + 3 * n_rows + row, tl.log(sum_ee) - 2.0 * log_sum)
 
 

@@ -224,6 +224,19 @@ def test_one_logit_alone_has_all_the_mass(implementation, dtype):
             assert (result["stats"][2] == 1).all() and (result["stats"][1] == -math.inf).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_logits_masked_by_the_least_number(implementation, dtype):
+    """Not by -inf: where the label is one of them, its log-prob is that number."""
+    module, device = implementation
+    logits = torch.randn(3, 5003).masked_fill(torch.arange(5003) % 3 == 1, torch.finfo(dtype).min).to(dtype)
+    labels = torch.tensor([1, 0, 5001])
+    for placed in (Placed(module, gap=0, offset=0), ByFwdGrad(module, 1, 3)):
+        result = run((placed, device), logits, labels, torch.ones(3), stats=False)
+        assert result["logps"][0] == logits[0, 1] and (result["logps"][1:] > -20).all()
+        truth = oracle.token_logprobs_gradient(logits, labels, torch.ones(3))
+        torch.testing.assert_close(result["gradient"].double(), truth, rtol=2.0**-6, atol=1e-6)
+
+
 def test_no_rows(implementation):
     empty = torch.zeros(0)
     result = run(implementation, torch.zeros(0, 33), torch.zeros(0, dtype=torch.int64), empty)
