@@ -102,9 +102,8 @@ KERNELS = ("tests/kernels", f"--ignore={STRESS}")
 OPS = ("tests/ops", *(f"tests/functional/test_{name}.py" for name in ("functional", "float16", "losses_on_a_gpu")))
 ATTENTION = ("tests/attention", "tests/models/test_models.py")
 ON_A_GPU = "tests/trainer/test_on_a_gpu.py"
-CACHE = f"{ON_A_GPU}::test_a_cache_filled_on_the_device_and_a_run_from_it"
 STEP = "benchmarks/step/train_step.py"
-TRAINERS = (ON_A_GPU, f"--deselect={CACHE}")
+TRAINERS = (ON_A_GPU, "tests/trainer/test_dpo.py", "-k", "not cache_filled")
 
 PARTS: dict[str, dict[str, Part]] = {
     # In the order in which to learn from them: a wrong kernel explains what fails behind it. A rehearsal leaves out
@@ -122,10 +121,11 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
         "attention": Part(ATTENTION, 80, workers=8, dry=(*ATTENTION, "-k", "not kernels_on_a_gpu")),
         "trainers": Part(
-            (*TRAINERS, "tests/trainer/test_dpo.py"), 70, workers=8, dry=TRAINERS, fake=False, needs=("datasets",)
+            TRAINERS, 70, workers=8, dry=(ON_A_GPU, "-k", "not cache_filled"), fake=False, needs=("datasets",)
         ),
         "precompute": Part(
-            ("tests/reference/test_fill.py", CACHE), 35, workers=4, dry=(CACHE,), fake=False, needs=("datasets",)
+            ("tests/reference/test_fill.py", ON_A_GPU, "-k", "not nothing_waits"), 35, workers=4,
+            dry=(ON_A_GPU, "-k", "cache_filled"), fake=False,
         ),
     },
     "bench": {

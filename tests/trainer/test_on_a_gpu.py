@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 
 import fastdpo
 
+pytest.importorskip("datasets")  # which a GPU machine may lack
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Heads of 64 channels, two to a key: what the variable-length kernels take.
 SHAPE = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
