@@ -163,6 +163,17 @@ def test_make_keeps_the_path_and_passes_on_what_it_is_given():
     assert "wheels.py download B .gpu-wheels" in make_runs("gpu-wheels", "SET=B")
 
 
+def test_gpu_only_leaves_out_what_never_touches_the_device():
+    paths = [f"tests/{path}.py" for path in ("kernels/test_ptx", "ops/test_token_logps", "kernels/test_gather_kv",
+                                             "functional/test_float16", "functional/test_losses_on_a_gpu")]  # fmt: skip
+    out = run("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--gpu-only", *paths).stdout
+    names = {line.partition("::")[2] for line in out.splitlines() if "::" in line}
+    on_the_cpu = {name for name in names if name.endswith(("eager]", "interpreter]", "cpu]"))}
+    assert on_the_cpu == {"test_neither_waits_for_the_device[eager]"} and "test_ptx" not in out  # marked gpu
+    assert {"test_every_loss[sigmoid]", "test_in_triton[tile]", "test_edges[triton]"} <= names  # mark, mark, parameter
+    assert "test_the_check_itself_on_a_cpu[kto]" not in names and "test_a_thousand_tokens[tile]" not in names
+
+
 @pytest.mark.slow
 def test_a_rehearsal_runs_what_a_gpu_would_run(tmp_path):
     out = run("benchmarks/gpu.py", "test", "--dry", "--part", "graphs", env=environment(TMPDIR=tmp_path)).stdout
