@@ -32,9 +32,13 @@ def install() -> None:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    sys.path.append(str(Path(__file__).resolve().parent))
+    here = Path(__file__).resolve().parent
+    sys.path += [str(here), str(here.parent), str(here.parent / "kernels")]
     import timing
 
+    from fastdpo import device
+
+    device.gemm_flops_per_second = lambda *args: 1e12  # before anybody imports it; that of a GPU is too large here
     timing.COPY_BYTES["cuda"], timing.PRODUCT_ROWS["cuda"] = timing.COPY_BYTES["cpu"], timing.PRODUCT_ROWS["cpu"]
     timing.FILLER_BYTES = 1 << 10
 
@@ -48,8 +52,8 @@ def install() -> None:
             return function(*map(_on_the_cpu, args), **kwargs)
 
     def _on_the_cpu(value: Any) -> Any:
-        device = isinstance(value, torch.device) and value.type == "cuda"
-        return torch.device("cpu") if device or (value == "cuda" and isinstance(value, str)) else value
+        named = isinstance(value, str) and value.partition(":")[0] == "cuda"
+        return torch.device("cpu") if named or (isinstance(value, torch.device) and value.type == "cuda") else value
 
     nothing: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
     for name, value in {
@@ -79,7 +83,7 @@ def install() -> None:
         autocast(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
     torch.autocast.__init__ = on_the_cpu  # type: ignore[method-assign]
-    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode"):
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode", "set_device"):
         setattr(torch.cuda, name, nothing)
     OnTheCpu().__enter__()
 

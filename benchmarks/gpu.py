@@ -50,7 +50,6 @@ class Part:
     last     of a benchmark: seconds that its last measurement may take. The rest of its limit is the time within which
              one may begin, its `--seconds`; None for a script that has no such option.
     dry      arguments in place of `words` in a rehearsal; None: the same, of benchmarks with --tiny
-    fake     whether a rehearsal fakes the device
     needs    modules without which it is left out
     named    whether it runs only where it is asked for
     """
@@ -60,7 +59,6 @@ class Part:
     workers: int | None = None
     last: int | None = None
     dry: tuple[str, ...] | None = None
-    fake: bool = True
     needs: tuple[str, ...] = ()
     named: bool = False
 
@@ -68,17 +66,12 @@ class Part:
         words = list(self.words if self.dry is None or not dry else self.dry)
         if self.workers is not None:
             # A failing test does not end its part: one run should tell as much as it can.
-            pytest = ["-m", "pytest", "-q", "--tb=short", "--maxfail=40", "-p", "no:cacheprovider"]
-            if not dry or self.fake:
-                pytest += ["--gpu-only"]
-            if dry and self.fake:
-                pytest += ["--fast"]
+            pytest = ["-m", "pytest", "-q", "--tb=short", "--maxfail=40", "-p", "no:cacheprovider", "--gpu-only"]
             if self.workers > 1 and not dry and importlib.util.find_spec("xdist") is not None:
                 pytest += ["-n", str(self.workers)]
             return [*pytest, *words]
         if dry:
-            fake = ["benchmarks/fake_gpu.py"] if self.fake else []
-            words = [*fake, *words, *(["--tiny"] if self.dry is None else [])]
+            words = ["benchmarks/fake_gpu.py", *words, *(["--tiny"] if self.dry is None else [])]
         if self.last is not None:
             words += ["--seconds", f"{max(limit / 2, limit - self.last):.0f}"]
         return [*words, "--results", results]
@@ -109,30 +102,28 @@ PARTS: dict[str, dict[str, Part]] = {
     # In the order in which to learn from them: a wrong kernel explains what fails behind it. A rehearsal leaves out
     # what is too large for a CPU, and what a fake cannot do.
     "test": {
-        "kernels": Part(KERNELS, 150, workers=8, dry=(*KERNELS, "-k", "not beyond and not more_than")),
-        "stress": Part((STRESS,), 60, workers=1, dry=(STRESS,), fake=False),
+        "kernels": Part(KERNELS, 150, workers=8, dry=(*KERNELS, "--fast", "-k", "not beyond and not more_than")),
+        "stress": Part((STRESS,), 60, workers=1, dry=(STRESS, "-k", "itself")),
         "ops": Part(
             (*OPS, "-k", "not cuda_graph"), 110, workers=8,
-            dry=(*OPS, "-k", "not cuda_graph and not memory_on_a_gpu and not checkpointing"),
+            dry=(*OPS, "--fast", "-k", "not cuda_graph and not memory_on_a_gpu and not checkpointing"),
         ),
         # Apart from the others: a capture that fails leaves a process that can do no more.
         "graphs": Part(
             ("tests/ops", "-k", "cuda_graph"), 35, workers=1, dry=("tests/ops", "-k", "cuda_graph and eager")
         ),
-        "attention": Part(ATTENTION, 80, workers=8, dry=(*ATTENTION, "-k", "not kernels_on_a_gpu")),
-        "trainers": Part(
-            TRAINERS, 70, workers=8, dry=(ON_A_GPU, "-k", "not cache_filled"), fake=False, needs=("datasets",)
-        ),
+        "attention": Part(ATTENTION, 80, workers=8, dry=(*ATTENTION, "--fast", "-k", "not kernels_on_a_gpu")),
+        "trainers": Part(TRAINERS, 70, workers=8, dry=(ON_A_GPU, "-k", "KTO or Reward"), needs=("datasets",)),
         "precompute": Part(
             ("tests/reference/test_fill.py", ON_A_GPU, "-k", "not nothing_waits"), 35, workers=4,
-            dry=(ON_A_GPU, "-k", "cache_filled"), fake=False,
+            dry=(ON_A_GPU, "-k", "cache_filled"),
         ),
     },
     "bench": {
         "kernels": Part(("benchmarks/kernels/logprobs.py",), 190, last=56),
         "gather": Part(("benchmarks/kernels/gather.py",), 50),
         "step": Part((STEP,), 130, last=63, dry=(STEP, "--tiny", "--shapes", "hh")),
-        "trainer": Part(("benchmarks/step/trainer_gpu.py",), 110, last=40, fake=False),
+        "trainer": Part(("benchmarks/step/trainer_gpu.py",), 110, last=40),
         "reference": Part(("benchmarks/reference/precompute_gpu.py",), 88, last=22),
         # With the second set of wheels, in what time is left.
         "quack": Part(("benchmarks/kernels/logprobs.py", "--only", "fastdpo", "quack"), 190, last=56, named=True),
@@ -232,8 +223,7 @@ def run_parts(
         else:
             limit = limits(waiting, began + WHOLE - time.monotonic())[name]
             print(f"== {name}, {limit:.0f} s at most", flush=True)
-            plugins = {"PYTEST_PLUGINS": "fake_gpu"} if dry and part.fake else {}
-            outcome[name] = run_part(part.command(limit, str(results), dry), limit, environment | plugins)
+            outcome[name] = run_part(part.command(limit, str(results), dry), limit, environment)
         del waiting[name]
         device = {"device": fake_gpu.NAME} if dry else {}
         written = write_result(name_of_result, {**device, "dry": dry, "parts": outcome}, results)
@@ -277,6 +267,7 @@ def main() -> int:
     if dry:
         results = Path(tempfile.mkdtemp(prefix="fastdpo-dry-"))
         _on_path(environment, ROOT / "benchmarks")
+        environment["PYTEST_PLUGINS"] = "fake_gpu"
         print("A rehearsal: nothing here says anything about a GPU.", flush=True)
     outcome = run_parts(options.kind, parts, results, environment, dry, began)
     print(report(outcome))

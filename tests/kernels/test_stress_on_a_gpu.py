@@ -53,6 +53,7 @@ def check(rows, v, device, dtype):
         torch.testing.assert_close(found, wanted[part].float(), rtol=relative, atol=1e-30)
 
 
+@pytest.mark.device
 def test_the_check_itself():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check(3, V // 8, device, torch.bfloat16)
