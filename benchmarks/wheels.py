@@ -101,6 +101,9 @@ def install(folder: Path, scratch: Path | None = None) -> Path:
     site, arrived = scratch / "site", scratch / "arrived"
     arrived.mkdir(parents=True, exist_ok=True)
     for file in [*folder.rglob("*.whl"), *folder.rglob(f"*{CUT}*")]:
+        for old in arrived.glob(f"{file.name.partition('-')[0]}-*"):
+            if old.name.partition(CUT)[0] != file.name.partition(CUT)[0]:
+                old.unlink()  # another version, of an earlier day
         shutil.copyfile(file, arrived / file.name)
     join(arrived)
     wheels = [wheel for wheel in sorted(arrived.glob("*.whl")) if fits(wheel)]

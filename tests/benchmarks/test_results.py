@@ -236,6 +236,9 @@ def test_wheels_travel_in_pieces_and_are_installed_once_whole(tmp_path, capsys):
     assert "wants fdlarge" not in told and "fdforeign-1.0-cp27-cp27m-win32.whl is not for this Python" in told
     program = "import fdlarge, fdsmall, fdmore; print(fdlarge.version, fdsmall.version)"
     assert run("-c", program, env=environment(PYTHONPATH=site)).stdout.split() == ["1.0", "2.0"]
+    make_wheel(made, "fdlarge", "1.1")
+    wheels.install(made, scratch)
+    assert (site / "fdlarge-1.1.dist-info").is_dir() and "fdlarge-1.0" not in capsys.readouterr().out
 
 
 def test_every_wheel_has_a_version():
