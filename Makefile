@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # On a GPU machine the targets test-gpu and bench-gpu use the Python that is there, with its own torch and triton.
 GPU_PYTHON ?= python3
-GPU_ENV := PYTHONPATH=.:kernels:tests PYTHONUNBUFFERED=1
+GPU_ENV := PYTHONPATH=.:kernels:tests$${PYTHONPATH:+:$$PYTHONPATH} PYTHONUNBUFFERED=1
 RESULTS ?= benchmarks/results
+GPU_ARGS = $(if $(PART),--part $(PART)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(DRY),--dry) --results $(RESULTS)
+SET ?= A
 
-.PHONY: help demo test test-fast test-portable test-explore lint format bench bench-step bench-reference bench-kernels tables docs test-gpu bench-gpu clean
+.PHONY: help demo test test-fast test-portable test-explore lint format bench bench-step bench-reference bench-kernels tables docs test-gpu bench-gpu gpu-wheels clean
 help:
 	@echo "make demo      a small real model changes its mind, in minutes"
 	@echo "make test      the test suite        make lint      ruff and mypy       make format   ruff, writing"
@@ -18,6 +20,8 @@ help:
 	@echo "make bench     fastdpo and TRL side by side on this machine's CPU       make tables   the README's tables"
 	@echo "make docs      the tables of docs/, from tiny models that run and from the registry of losses"
 	@echo "make test-gpu  the tests on a GPU    make bench-gpu the benchmarks on a GPU (both without .venv)"
+	@echo "               PART='kernels gather' parts, PART=list their names, WHEELS=.gpu-wheels what to install, DRY=1"
+	@echo "make gpu-wheels what a GPU machine without network lacks, into .gpu-wheels; SET=B for quack and flash-attn 4"
 
 demo: $(VENV)/.demo
 	$(BIN)/fastdpo demo
@@ -63,9 +67,11 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/scaling.py
 
 test-gpu:
-	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu.py test --results $(RESULTS)
+	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu.py test $(GPU_ARGS)
 bench-gpu:
-	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu.py bench --results $(RESULTS)
+	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu.py bench $(GPU_ARGS)
+gpu-wheels:
+	$(PYTHON) benchmarks/wheels.py download $(SET) .gpu-wheels
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

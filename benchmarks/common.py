@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     "torch", "triton", "transformers", "accelerate", "datasets", "trl", "liger-kernel", "cut-cross-entropy",
-    "quack-kernels",
+    "quack-kernels", "flash-attn", "flash-attn-4",
 )  # fmt: skip
 
 
@@ -79,10 +79,11 @@ def in_a_process(arguments: Sequence[str]) -> Any:
 
 
 def process_environment(folder: str) -> dict[str, str]:
-    """Of a contestant in a process of its own: this checkout, caches in `folder`, and offline."""
+    """Of a contestant in a process of its own: this checkout, then what is on the path, caches in `folder`, offline."""
+    paths = (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))
     return {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "FASTDPO_CACHE": f"{folder}/fastdpo",
         "HF_HOME": f"{folder}/hf",
         "HF_HUB_OFFLINE": "1",

@@ -1,6 +1,7 @@
 """Writes the README's tables from the result files; with --check, only says whether they are up to date.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A result that nobody has measured yet says so.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, one for each device that has been measured. Rows that
+nobody has measured yet leave it, all of them for one collapsed block, the table `not_measured`.
 """
 
 from __future__ import annotations
@@ -119,12 +120,37 @@ KERNEL_CASES = {
 
 
 def gpu() -> str:
-    kernels = [_kernels(record) for record in results("logprobs") if record["device_type"] == "cuda"]
+    kernels = [record for name in ("logprobs", "logprobs_fastdpo_quack") for record in results(name)]
+    tables = [_kernels(record) for record in kernels if record["device_type"] == "cuda"]
+    gathers = [_gather(record) for record in results("gather") if record["device_type"] == "cuda"]
     lines = ["| on a GPU | |", "|---|---|"]
-    if not kernels:
+    if not tables:
         lines.append(f"| log-probs from logits, share of copy bandwidth | {MISSING} (`make bench-gpu`) |")
+    if not gathers:
+        lines.append(f"| gather of keys and values, share of copy bandwidth | {MISSING} (`make bench-gpu`) |")
     lines.append(f"| training step, speed-up of prefix packing | {_speedups(results('train_step'))} |")
-    return "\n\n".join([*kernels, "\n".join(lines)])
+    return "\n\n".join([*tables, *gathers, "\n".join(lines)])
+
+
+def _gather(record: dict[str, Any]) -> str:
+    lines = [f"| {record['device']}: gather of keys and values, there and back, ms | fastdpo | index_select |",
+             "|---|---:|---:|"]  # fmt: skip
+    for part in record["parts"]:
+        rows = part["variants"].values()
+        cells = [MISSING if row["ms"] is None else f"{row['ms']:.3f} ({row['share_of_ceiling']:.0%})" for row in rows]
+        lines.append(f"| {part['group']}, {part['layout']}, T={part['t']} K={part['k']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"In brackets the share of a copy. {source(record)}.{_notes(record)}"])
+
+
+def _notes(record: dict[str, Any]) -> str:
+    """The goals, and what went wrong."""
+    notes = ""
+    if goals := record["goals"]:
+        met = [goal for goal in goals if goal["verdict"] == "met"]
+        rest = [f"{goal['goal']}, {goal['case']}: {goal['verdict']}" for goal in goals if goal["verdict"] != "met"]
+        notes = f" Goals met: {len(met)} of {len(goals)}" + (f" ({'; '.join(rest)})." if rest else ".")
+    problems = record.get("problems")
+    return notes + (f" Problems: {'; '.join(problems)}." if problems else "")
 
 
 def _kernels(record: dict[str, Any]) -> str:
@@ -141,13 +167,11 @@ def _kernels(record: dict[str, Any]) -> str:
     lines = [f"| {record['device']}: ms, extra GB | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for label, rows in tasks:
         lines.append(f"| {label} | " + " | ".join(_cell(rows, column) for column in columns) + " |")
-    goals = ", ".join(f"{goal['goal']} {goal['verdict']}" for goal in record["goals"])
     lines += [
         "",
         "In brackets the share of what this device reached in the same run: a copy, or a large matrix product. A time "
-        "stands only where outputs and gradients err at most twice as much as those of plain code in the same dtype."
-        + (f" Goals: {goals}." if goals else ""),
-        f"{source(record)}.",
+        "stands only where outputs and gradients err at most twice as much as those of plain code in the same dtype.",
+        f"{source(record)}.{_notes(record)}",
     ]
     return "\n".join(lines)
 
@@ -314,9 +338,51 @@ TABLES = {
 }
 
 
+# What a row that leaves its table is about, before the first cell of the table's head.
+TOPICS = {"train_step": "training step", "reference": "reference pass", "kernels_cpu": "kernels on a CPU",
+          "step_hh_cpu": "training beside TRL on a CPU"}  # fmt: skip
+UNMEASURED = re.compile(rf"\| (?P<row>[^|]+?) \| {MISSING}(?: \((?P<command>`[^`]+`)\))?(?:[ |]|{MISSING})*")
+
+
+def measured(name: str, text: str) -> tuple[str, list[str]]:
+    """A table's text without the rows of which nothing is measured, and what those rows were."""
+    kept, left_out = [], []
+    for block in text.split("\n\n"):
+        if block.startswith(f"{MISSING}: run "):
+            left_out.append(f"{TOPICS.get(name, name)}: {block.removeprefix(f'{MISSING}: run ')}")
+            continue
+        lines = block.split("\n")
+        if not lines[0].startswith("|"):
+            kept.append(block)
+            continue
+        head, rows = lines[:2], []
+        about = ", ".join(filter(None, (TOPICS.get(name), head[0].strip("| ").split(" | ")[0])))
+        for line in lines[2:]:
+            if found := UNMEASURED.fullmatch(line):
+                command = f" ({found['command']})" if found["command"] else ""
+                left_out.append(f"{about}: {found['row']}{command}")
+            else:
+                rows.append(line)
+        if rows:
+            kept.append("\n".join([*head, *rows]))
+    return "\n\n".join(kept), left_out
+
+
+def collapsed(rows: list[str]) -> str:
+    """One closed block of what is not measured; nothing where everything is."""
+    if not rows:
+        return ""
+    listed = "\n".join(f"- {row}" for row in rows)
+    return f"<details><summary>{len(rows)} rows are {MISSING} yet</summary>\n\n{listed}\n\n</details>"
+
+
 def filled(text: str) -> str:
+    made = {name: measured(name, make()) for name, make in TABLES.items()}
+    texts = {name: table for name, (table, _) in made.items()}
+    texts["not_measured"] = collapsed([row for _, rows in made.values() for row in rows])
+
     def fill(match: re.Match[str]) -> str:
-        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+        return f"<!-- table: {match[1]} -->\n{texts[match[1]]}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 

@@ -11,6 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+# What the ceilings are measured with, by the kind of device: large enough for the best that it can do.
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+PRODUCT_ROWS = {"cuda": 8192, "cpu": 1024}
+FILLER_BYTES = 1 << 29
+
 Mark = Callable[[], None]
 Run = Callable[[Mark], Any]
 
@@ -55,7 +60,7 @@ class Clock:
 
 @lru_cache(None)
 def _filler() -> torch.Tensor:
-    return torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    return torch.empty(FILLER_BYTES, dtype=torch.uint8, device="cuda")
 
 
 def _keep_device_busy() -> None:
@@ -154,7 +159,7 @@ def _resident_bytes(field: str) -> int:
 
 def copy_bytes_per_second(device: torch.device) -> float:
     """Bytes read and written a second by a large device copy: the ceiling of anything bound by memory."""
-    source = torch.empty(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
+    source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / interleaved({"copy": lambda: target.copy_(source)})["copy"]
 
@@ -164,7 +169,7 @@ def product_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
     By the same clock as the variants, so that a share of it is no artefact; `fastdpo.device` has a quicker estimate.
     """
-    size = 8192 if device.type == "cuda" else 1024
+    size = PRODUCT_ROWS[device.type]
     a = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
     return 2 * size**3 / interleaved({"product": lambda: torch.mm(a, a, out=out)})["product"]

@@ -25,6 +25,9 @@ def pytest_addoption(parser):
         action="store_true",
         help="no slow test, and of each other one the first and last case, or a tenth of the drawn ones",
     )
+    parser.addoption(
+        "--gpu-only", action="store_true", help="what works on the GPU where there is one, and nothing else"
+    )
 
 
 def pytest_configure(config):
@@ -37,6 +40,8 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--gpu-only"):
+        _keep(config, items, {item for item in items if _works_on_the_gpu(item)})
     if config.getoption("--fast"):
         _keep_few(config, items)
     if torch.cuda.is_available():
@@ -61,8 +66,23 @@ def _keep_few(config, items):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = {own[0] for own in cases.values()}
     kept |= {own[-1] for own in cases.values() if own[0].path.parent.name not in ("trainer", "models", "kernels")}
+    _keep(config, items, kept)
+
+
+def _keep(config, items, kept):
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def _works_on_the_gpu(item):
+    """Whether it is marked so, or a parameter says where it works: "cuda", or "triton" (see `tiny.device_for`)."""
+    if item.get_closest_marker("gpu") or item.get_closest_marker("device"):
+        return True
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    places = {
+        place for value in values for place in (value if isinstance(value, tuple) else (value,)) if str is type(place)
+    }
+    return not places.isdisjoint(("cuda", "triton"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,13 @@
 
     python benchmarks/kernels/gather.py           on a GPU: 16384 tokens, 8 heads of 128, bfloat16
     python benchmarks/kernels/gather.py --tiny    a check of the script itself, on any device
-    ... --results FOLDER                          also writes them
+    ... --results FOLDER                          also writes them, anew after every part
 
 Time is the median of interleaved runs; GB/s counts the fewest bytes that can do it: every row read once, every gathered
 row written once, and back. The ceiling is a copy on the same device just before. Memory is what a run takes beyond its
 inputs, results included. A time is given only where the numbers agree in the same run: gathered rows bit for bit, the
 gradients with float64 ones within twice the error of index_select's. Whether a gradient is the same in every run is
-told as well. Exit code 1 where fastdpo's numbers disagree or vary.
+told as well. Exit code 1 where fastdpo's numbers disagree or vary, or a part failed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(
 
 import torch  # noqa: E402
 from common import write_result  # noqa: E402
+from goals import evaluate, line  # noqa: E402
 from problems import expectation  # noqa: E402
+from runner import message  # noqa: E402
 from timing import Mark, copy_bytes_per_second, interleaved_intervals, peak_extra_bytes  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -130,7 +132,14 @@ def measure(case: Case, ceiling: float, repeats: int, warmup: int) -> dict[str, 
             extra_bytes=peak_extra_bytes(lambda name=name: case.run(name)),
         )
     dtype = str(case.dtype).removeprefix("torch.")
-    return {**case.shape, "dtype": dtype, "work": case.work, "ceiling_per_second": ceiling, "variants": rows}
+    return {
+        "family": "gather",
+        **case.shape,
+        "dtype": dtype,
+        "work": case.work,
+        "ceiling_per_second": ceiling,
+        "variants": rows,
+    }
 
 
 def report(part: dict[str, Any]) -> str:
@@ -157,17 +166,33 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, heads, d = (1000, 2, 16) if options.tiny else (16384, 8, 128)
     repeats, warmup = (3, 1) if options.tiny else (10, 3)
+    result: dict[str, Any] = {"device_type": device.type, "complete": False, "parts": [], "problems": [], "goals": []}
+
+    def write() -> None:
+        result["goals"] = evaluate(device.type, result["parts"], ["gather"])
+        if options.results:
+            write_result("tiny-gather" if options.tiny else "gather", result, options.results)
+
     ceiling = copy_bytes_per_second(device)
-    parts = []
     for group in GROUPS:
         for layout in LAYOUTS:
-            parts.append(measure(Case(group, layout, tokens, heads, d, device), ceiling, repeats, warmup))
-            print(report(parts[-1]), flush=True)
-    if options.results:
-        result = {"device_type": device.type, "parts": parts}
-        print("written to", write_result("tiny-gather" if options.tiny else "gather", result, options.results))
-    ours = [part["variants"]["fastdpo"] for part in parts]
-    return 0 if all(row["numbers_agree"] and row["same_every_time"] for row in ours) else 1
+            try:
+                part = measure(Case(group, layout, tokens, heads, d, device), ceiling, repeats, warmup)
+            except Exception as error:  # the results of the other parts are wanted all the same
+                result["problems"].append(f"{group}, {layout}: {message(error)}")
+            else:
+                result["parts"].append(part)
+                ours = part["variants"]["fastdpo"]
+                if not (ours["numbers_agree"] and ours["same_every_time"]):
+                    result["problems"].append(f"{group}, {layout}: the numbers disagree, or vary")
+                print(report(part), flush=True)
+            write()
+    result["complete"] = True
+    write()
+    print()
+    for text in [*map(line, result["goals"]), *result["problems"]]:
+        print(text)
+    return 1 if result["problems"] else 0
 
 
 if __name__ == "__main__":

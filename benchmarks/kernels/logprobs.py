@@ -3,7 +3,7 @@
     python benchmarks/kernels/logprobs.py           on a GPU: vocabularies of 49152 to 256000, bfloat16
     python benchmarks/kernels/logprobs.py --tiny    a check of the script itself, on any device
     ... --results FOLDER                            also writes them, anew after every part
-    ... --only fastdpo TRL                          these contestants alone
+    ... --only fastdpo TRL                          these contestants alone, under a name of their own
 
 Of every variant and mode: time (median of interleaved runs; CUDA events on a GPU), work done in a second, share of the
 ceiling that this device reached just before (a copy, or a large matrix product), and memory beyond the inputs, results
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "kernels")]
 
 import torch  # noqa: E402
-from common import device_name, write_result  # noqa: E402
+from common import write_result  # noqa: E402
 from goals import evaluate, line  # noqa: E402
 from problems import HeadProblem, LogitsProblem, Problem  # noqa: E402
 from runner import measure, message  # noqa: E402
@@ -94,7 +94,6 @@ def run_parts(
     """The result of all parts; `after_part` gets it as it grows. A part that raises is noted, and the next one runs."""
     began = time.monotonic()
     repeats, warmup = (10, 3) if device.type == "cuda" else (5, 1)
-    name = device_name()
     result: dict[str, Any] = {"device_type": device.type, "complete": False, "parts": [], "problems": [], "goals": []}
     for family, shape in sizes:
         if time.monotonic() - began > seconds:
@@ -111,7 +110,7 @@ def run_parts(
             print(report(part), flush=True)
         problem = None
         forget()
-        result["goals"] = evaluate(name, result["parts"])
+        result["goals"] = evaluate(device.type, result["parts"], {family for family, _ in sizes})
         result["seconds"] = time.monotonic() - began
         after_part(result)
     result["complete"] = True
@@ -170,7 +169,8 @@ def main() -> int:
 
     def write(result: dict[str, Any]) -> None:
         if options.results:
-            write_result("tiny" if options.tiny else "logprobs", result, options.results)
+            words = ["tiny" if options.tiny else "logprobs", *(options.only or ())]
+            write_result("_".join(words), result, options.results)
 
     sizes = SIZES["tiny" if options.tiny else device.type]
 

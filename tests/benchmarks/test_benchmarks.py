@@ -77,7 +77,9 @@ def test_train_step_benchmark_runs_at_toy_size(tmp_path):
 def test_gather_benchmark_runs_at_toy_size(tmp_path):
     processes.run_script("benchmarks/kernels/gather.py", "--tiny", "--results", tmp_path, folder=tmp_path)
     (written,) = tmp_path.glob("*/tiny-gather.json")
-    parts = json.loads(written.read_text())["parts"]
+    record = json.loads(written.read_text())
+    parts = record["parts"]
+    assert record["complete"] and record["problems"] == record["goals"] == []  # goals are of GPUs
     assert [part["group"] for part in parts[::2]] == list(gather.GROUPS)
     for part in parts:
         assert part["k"] > part["t"] > 0 and part["work"] == 4 * (part["t"] + part["k"]) * 2 * 16 * 4
@@ -116,6 +118,25 @@ def test_a_wrong_gather_gets_no_time(monkeypatch, wrong):
     assert not row["numbers_agree"] and all(row[figure] is None for figure in gather.FIGURES)
     assert part["variants"]["index_select"]["ms"] > 0
     assert "numbers disagree" in gather.report(part)
+
+
+def test_a_gather_that_raises_is_noted_and_the_others_are_written(tmp_path, monkeypatch):
+    measure = gather.measure
+
+    def fails_once(case, *rest):
+        if case.shape["layout"] == "heads first":
+            raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+        return measure(case, *rest)
+
+    monkeypatch.setattr(gather, "measure", fails_once)
+    monkeypatch.setattr(gather, "copy_bytes_per_second", lambda device: 1e9)
+    monkeypatch.setattr(gather, "GROUPS", {"few": (3, (2, 1))})
+    monkeypatch.setattr(sys, "argv", ["gather.py", "--tiny", "--results", str(tmp_path)])
+    assert gather.main() == 1
+    (written,) = tmp_path.glob("*/tiny-gather.json")
+    record = json.loads(written.read_text())
+    assert [part["layout"] for part in record["parts"]] == ["tokens first"]
+    assert record["problems"] == ["few, heads first: OutOfMemoryError: CUDA out of memory"]
 
 
 def test_work_is_that_of_the_fewest_passes():

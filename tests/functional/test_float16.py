@@ -125,6 +125,7 @@ def test_infinite_gradients_stay_what_they_are():
         assert not grad.isfinite().all()  # for the loss scale to go down, as it does on naive gradients
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("way", ["tile", "kept", "frozen"])
 def test_in_triton(way):
     problem = Problem(pairs=1, n=40, sure=True, device=device_for("triton"))

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from graphs import replayed
 from tiny import device_for
 
 import fastdpo
@@ -160,38 +161,25 @@ def test_under_autocast_and_checkpointing_when_compiled():
 def test_in_a_cuda_graph(impl):
     """Captured once, replayed on other numbers."""
     device = device_for(impl) if impl == "triton" else "cuda"
-    static = {
-        "hidden": torch.randn(N, D, device=device, requires_grad=True),
-        "weight": torch.randn(V, D, device=device, requires_grad=True),
-        "labels": torch.randint(V, (N,), device=device),
-        "refs": torch.randn(4, device=device),
-    }
+    hidden = torch.randn(N, D, device=device, requires_grad=True)
+    weight = torch.randn(V, D, device=device, requires_grad=True)
+    labels, refs = torch.randint(V, (N,), device=device), torch.randn(4, device=device)
     ids = torch.tensor([0, 2, 1, 3], device=device).repeat_interleave(N // 4)
 
-    def step(hidden, weight, labels, refs):
+    def step():
         options = {"sequence_ids": ids, "tokens_per_pair": [N // 2] * 2, "impl": impl}
         fused = fastdpo.linear_loss(hidden, weight, labels, refs, memory_budget=(N // 2) * V * 4, **options).loss
         kept = fastdpo.linear_loss(hidden, weight, labels, refs, memory_budget=1 << 24, **options).loss
-        plain = fastdpo.loss(hidden @ weight.T, labels, refs, sequence_ids=ids, impl=impl).loss
-        total = fused + kept + plain
-        return [total.detach(), *torch.autograd.grad(total, [hidden, weight])]
+        logits = hidden @ weight.T
+        plain = fastdpo.loss(logits, labels, refs, sequence_ids=ids, impl=impl).loss
+        logps = fastdpo.token_logps(logits, labels, impl=impl)
+        of_head = fastdpo.linear_token_logps(hidden, weight, labels, memory_budget=(N // 2) * V * 4, impl=impl)
+        total = fused + kept + plain + (logps * of_head).mean()
+        return [total.detach(), logps.detach(), *torch.autograd.grad(total, [hidden, weight])]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(**static)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(**static)
-    with torch.no_grad():
-        for name in ("hidden", "weight", "refs"):
-            static[name].copy_(torch.randn_like(static[name]))
-        static["labels"].copy_(torch.randint(V, (N,), device=device))
-    graph.replay()
-    for got, expected in zip(captured, step(**static), strict=True):
-        torch.testing.assert_close(got, expected)
+    captured, expected = replayed(step, [hidden, weight, refs, labels])
+    for got, wanted in zip(captured, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def functional_losses():

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from graphs import replayed
 from tiny import device_for
 
 from fastdpo.ops import gather_kv
@@ -227,17 +228,6 @@ def test_in_a_cuda_graph(impl):
         gathered = gather_kv(key, value, *arguments, impl=impl)
         return [*(x.detach() for x in gathered), *torch.autograd.grad(loss_of(gathered), [key, value])]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    with torch.no_grad():
-        key.copy_(torch.randn_like(key))
-    graph.replay()
-    for got, expected in zip(captured, run(), strict=True):
-        assert torch.equal(got, expected)
+    captured, expected = replayed(run, [key])
+    for got, wanted in zip(captured, expected, strict=True):
+        assert torch.equal(got, wanted)

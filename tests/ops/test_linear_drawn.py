@@ -113,6 +113,7 @@ def test_eager(monkeypatch, **case):
     check("eager", monkeypatch, **case)
 
 
+@pytest.mark.device
 @SETTINGS
 @given(**CASES | {"n": st.sampled_from([0, 1, 2, 7, 11])})  # the interpreter takes its time for a row
 def test_triton(monkeypatch, **case):
