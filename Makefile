@@ -65,6 +65,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/architectures.py
 	$(BIN)/python docs/losses.py
 	$(BIN)/python docs/scaling.py
+	$(BIN)/python docs/kernels.py
 
 test-gpu:
 	$(GPU_ENV) $(GPU_PYTHON) benchmarks/gpu.py test $(GPU_ARGS)

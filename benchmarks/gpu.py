@@ -121,6 +121,7 @@ PARTS: dict[str, dict[str, Part]] = {
     },
     "bench": {
         "kernels": Part(("benchmarks/kernels/logprobs.py",), 190, last=56),
+        "rows": Part(("benchmarks/kernels/rows.py",), 45),
         "gather": Part(("benchmarks/kernels/gather.py",), 50),
         "step": Part((STEP,), 130, last=63, dry=(STEP, "--tiny", "--shapes", "hh")),
         "trainer": Part(("benchmarks/step/trainer_gpu.py",), 110, last=40),

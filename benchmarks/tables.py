@@ -122,14 +122,31 @@ KERNEL_CASES = {
 def gpu() -> str:
     kernels = [record for name in ("logprobs", "logprobs_fastdpo_quack") for record in results(name)]
     tables = [_kernels(record) for record in kernels if record["device_type"] == "cuda"]
+    rows = [_rows(record) for record in results("rows") if record["device_type"] == "cuda"]
     gathers = [_gather(record) for record in results("gather") if record["device_type"] == "cuda"]
     lines = ["| on a GPU | |", "|---|---|"]
     if not tables:
         lines.append(f"| log-probs from logits, share of copy bandwidth | {MISSING} (`make bench-gpu`) |")
+    if not rows:
+        lines.append(f"| row kernels and their predecessors, share of copy bandwidth | {MISSING} (`make bench-gpu`) |")
     if not gathers:
         lines.append(f"| gather of keys and values, share of copy bandwidth | {MISSING} (`make bench-gpu`) |")
     lines.append(f"| training step, speed-up of prefix packing | {_speedups(results('train_step'))} |")
-    return "\n\n".join([*tables, *gathers, "\n".join(lines)])
+    return "\n\n".join([*tables, *rows, *gathers, "\n".join(lines)])
+
+
+def _rows(record: dict[str, Any]) -> str:
+    """One row a kernel and size; the kernels of today, and those before them."""
+    lines = [f"| {record['device']}: row kernels, ms | sums per thread | sums per row, as before |", "|---|---:|---:|"]
+    for part in record["parts"]:
+        softcap = "" if part["softcap"] is None else f", softcap {part['softcap']:g}"
+        for kernel, variants in part["kernels"].items():
+            cells = [
+                MISSING if row["ms"] is None else f"{row['ms']:.3f} ({row['share_of_ceiling']:.0%})"
+                for row in variants.values()
+            ]
+            lines.append(f"| {kernel}, N={part['n']} V={part['v']}{softcap} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"In brackets the share of a copy. {source(record)}.{_notes(record)}"])
 
 
 def _gather(record: dict[str, Any]) -> str:
@@ -145,7 +162,7 @@ def _gather(record: dict[str, Any]) -> str:
 def _notes(record: dict[str, Any]) -> str:
     """The goals, and what went wrong."""
     notes = ""
-    if goals := record["goals"]:
+    if goals := record.get("goals"):
         met = [goal for goal in goals if goal["verdict"] == "met"]
         rest = [f"{goal['goal']}, {goal['case']}: {goal['verdict']}" for goal in goals if goal["verdict"] != "met"]
         notes = f" Goals met: {len(met)} of {len(goals)}" + (f" ({'; '.join(rest)})." if rest else ".")

@@ -19,6 +19,8 @@ from runner import FIGURES, Run, measure  # noqa: E402
 from timing import interleaved, interleaved_intervals  # noqa: E402
 from variants import VARIANTS, Variant, eager_logits  # noqa: E402
 
+from fastdpo_kernels import eager  # noqa: E402
+
 CPU = torch.device("cpu")
 
 
@@ -87,6 +89,43 @@ def test_gather_benchmark_runs_at_toy_size(tmp_path):
         for row in part["variants"].values():
             assert row["numbers_agree"] and row["ms"] > 0
             assert row["share_of_ceiling"] == pytest.approx(part["work"] / row["ms"] * 1e3 / part["ceiling_per_second"])
+
+
+@pytest.fixture
+def rows():
+    """The benchmark of the row kernels, which imports them."""
+    pytest.importorskip("triton")
+    import rows
+
+    return rows
+
+
+@pytest.mark.slow
+def test_row_kernels_and_their_predecessors_run_at_toy_size(rows, tmp_path):
+    processes.run_script("benchmarks/kernels/rows.py", "--tiny", "--results", tmp_path, folder=tmp_path)
+    (written,) = tmp_path.glob("*/tiny-rows.json")
+    record = json.loads(written.read_text())
+    assert record["complete"] and [part["softcap"] for part in record["parts"]] == [None, rows.SOFTCAP]
+    for part in record["parts"]:
+        assert tuple(part["kernels"]) == rows.KERNELS
+        for variants in part["kernels"].values():
+            assert list(variants) == list(rows.CONTESTANTS)
+            assert all(row["numbers_agree"] and row["same_every_time"] and row["ms"] > 0 for row in variants.values())
+
+
+def test_a_wrong_row_kernel_gets_no_time(rows, monkeypatch):
+    def wrong(logits, labels, **options):
+        logps, norms, values = eager.token_logprobs_fwd(logits, labels, **options)
+        return logps + 1e-3, norms, values
+
+    right = (eager.token_logprobs_fwd, eager.token_logprobs_bwd, eager.token_logprobs_fwd_grad)
+    monkeypatch.setattr(rows, "CONTESTANTS", {"right": right, "wrong": (wrong, *right[1:])})
+    part = rows.measure(rows.Case(4, 300, 30.0, CPU, torch.bfloat16), ceiling=1e9, repeats=1, warmup=0)
+    for kernel, variants in part["kernels"].items():
+        assert variants["right"]["numbers_agree"] and variants["right"]["ms"] > 0
+        assert variants["wrong"]["numbers_agree"] == (not kernel.startswith("forward"))
+        assert (variants["wrong"]["ms"] is None) == kernel.startswith("forward")
+    assert "numbers disagree" in rows.report(part)
 
 
 def test_gather_benchmark_has_the_rows_of_its_groups():

@@ -380,6 +380,9 @@ def test_tables_of_two_devices_one_of_which_failed_in_part(tmp_path, monkeypatch
         part = {**gathered, "variants": {name: row(ms) for name in ("fastdpo", "index_select")}}
         write_for(monkeypatch, tmp_path, device, "gather", {**common_fields, "parts": [part]})
         write_for(monkeypatch, tmp_path, device, "train_step", {**common_fields, "parts": [step]})
+        kernel = {"forward": {name: row(ms) for name in ("per thread", "per row")}}
+        part = {"n": 16384, "v": 128256, "softcap": 30.0, "kernels": kernel}
+        write_for(monkeypatch, tmp_path, device, "rows", {**common_fields, "parts": [part]})
     # The H100's kernels stopped before the first part, and its reference pass was never begun.
     failed = common_fields | {"parts": [], "problems": ["log-probs from logits: out of memory"]}
     write_for(monkeypatch, tmp_path, H100, "logprobs", failed)
@@ -393,6 +396,7 @@ def test_tables_of_two_devices_one_of_which_failed_in_part(tmp_path, monkeypatch
         f"| {H100} | pairs/s |", "| 1B, hh, 32 pairs | 100 | 3.00× TRL |", "| NVIDIA H200 | pairs/s |",
         "| 1B, hh, 32 pairs | 140 | 3.00× TRL |", "| NVIDIA H200: ms, extra GB | fastdpo |", "1.05 (90%)",
         "| 8B, hh, 256 pairs | 50,000 | 62% |", "| pair, short, tokens first, T=10 K=16 | 0.040 (90%) | 0.040 (90%) |",
+        "| forward, N=16384 V=128256, softcap 30 | 0.040 (90%) | 0.040 (90%) |",
         "Problems: log-probs from logits: out of memory.", f"{H100}, 1B, hh: 3.00× TRL; NVIDIA H200, 1B, hh: 3.00× TRL",
     ):  # fmt: skip
         assert wanted in of_rows, wanted
