@@ -268,6 +268,8 @@ def serve():
     """
     import gc
 
+    sys.modules["bitsandbytes"] = None  # peft would import it, and it Inductor, for a second and more
+
     import datasets  # noqa: F401
     import peft  # noqa: F401
     from tiny import tiny_model
