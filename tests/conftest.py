@@ -1,7 +1,12 @@
 """Set-up of the whole suite: Triton's interpreter where there is no GPU, NaN in fresh memory, one thread a worker."""
 
+import functools
 import gc
+import itertools
 import os
+import shutil
+import sys
+from pathlib import Path
 
 import torch
 
@@ -33,6 +38,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--fast"):
         drawing.share = 0.1
+    memory = Path("/dev/shm")
+    if memory.is_dir() and shutil.disk_usage(memory).free > 4 << 30:
+        # Nobody waits for a disk; what a passed test leaves behind goes at once (pyproject.toml).
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
 def pytest_report_header():
@@ -44,6 +53,8 @@ def pytest_collection_modifyitems(config, items):
         _keep(config, items, {item for item in items if _works_on_the_gpu(item)})
     if config.getoption("--fast"):
         _keep_few(config, items)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = _long_ones_first(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -53,6 +64,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
+    if "accelerate.utils.imports" in sys.modules:
+        # Asked some fifty times a training, and each time answered from the disk.
+        imports = sys.modules["accelerate.utils.imports"]
+        imports._is_package_available = functools.cache(imports._is_package_available)
     # Every training ends in a collection, which would look at all that pytest has imported.
     gc.collect()
     gc.freeze()
@@ -85,6 +100,22 @@ def _works_on_the_gpu(item):
     return not places.isdisjoint(("cuda", "triton"))
 
 
+def _long_ones_first(items):
+    """The same tests, such that two workers, each beginning with one half, come to the short ones last.
+
+    A worker that has done its half takes over tests from the end of the other's: so neither is left with long ones.
+    Modules stay whole, for their fixtures.
+    """
+    modules = {}
+    for item in items:
+        modules.setdefault(item.path, []).append(item)
+    long = [own for own in modules.values() if any(item.get_closest_marker("slow") for item in own)]
+    short = [item for own in modules.values() if own not in long for item in own]
+    halves = [[item for own in long[start::2] for item in own] for start in (0, 1)]
+    share = max(0, len(items) // 2 - len(halves[0]))
+    return [*halves[0], *short[:share], *halves[1], *short[share:]]
+
+
 @pytest.fixture(autouse=True)
 def nan_filled_memory():
     """What reads memory that it did not write gives NaN, not luck."""
@@ -94,10 +125,17 @@ def nan_filled_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def new_paths(tmp_path_factory):
+    """Paths where nothing is yet: most tests put nothing there, and thousands of folders take their time."""
+    folder = tmp_path_factory.mktemp("fastdpo-caches")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory, monkeypatch):
+def private_cache(new_paths, monkeypatch):
     """Reference log-probs of a test go to a folder of its own."""
-    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path_factory.mktemp("fastdpo-cache")))
+    monkeypatch.setenv("FASTDPO_CACHE", str(next(new_paths)))
 
 
 @pytest.fixture(scope="session")

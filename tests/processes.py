@@ -148,22 +148,18 @@ def _script(words, variables):
     runpy.run_path(words[0], run_name="__main__")
 
 
-# Imported once, by the process that the others are forked from.
-PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "datasets", "peft", "accelerate.utils",
-           "torch.distributed.fsdp", "fastdpo.trainer.dpo", "fastdpo.reference", "tiny", "cache_folders"]  # fmt: skip
-
-
 class Worker:
     """A function that runs in a process of its own, with the environment of now."""
 
     def __init__(self, folder, function, *arguments):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context.set_forkserver_preload(["forked_from"])
         self.path = folder / f"printed-{next(_numbers)}.txt"
         arguments = (self.path, dict(os.environ), function, arguments)
         self.process = context.Process(target=_with_output_in, args=arguments)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("OMP_NUM_THREADS", "1")  # of the process that is forked from; it starts with the first of them
+            for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
+                patch.setenv(name, environment()[name])  # of the process that is forked from, which starts now
             self.process.start()
 
     def poll(self):

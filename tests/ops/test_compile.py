@@ -1,7 +1,5 @@
 """The operators under torch.library's own checks, torch.compile without graph breaks, and CUDA graphs."""
 
-import shutil
-
 import pytest
 import torch
 from graphs import replayed
@@ -107,17 +105,20 @@ def test_compiles_without_a_graph_break(name):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("name", ["token_logps", "in place", "linear_loss, packed"])
 def test_compiles_with_inductor(name, monkeypatch, tmp_path):
+    """Its passes over the graph, its order and its reuse of memory; what is not ours stays with PyTorch, for a C++
+    compiler takes seconds for each kernel."""
+    from torch._inductor import config
+
     # A graph kept from another version of the operators would be used unseen.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     function, tensors = functions()[name]
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True)
-    for got, expected in zip(values(compiled, tensors), values(function, tensors), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    with config.patch(fallback_by_default=True):
+        compiled = torch.compile(function, fullgraph=True)
+        for got, expected in zip(values(compiled, tensors), values(function, tensors), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_graph_serves_every_number_of_tokens():
@@ -234,13 +235,18 @@ def functional_losses():
     }  # fmt: skip
 
 
+# Through AOT where there are operators of ours with fake kernels and gradients; else Dynamo's graph is what may break.
+OPERATORS = ("linear_loss, packed", "linear_loss, padded", "token_logps", "linear_token_logps")
+
+
 @pytest.mark.parametrize("name, dynamic", [(name, True) for name in functional_losses()] + [
     ("preference_loss", None), ("linear_loss, padded", None)])  # fmt: skip
 def test_shapes_and_numbers_may_change_from_call_to_call(name, dynamic):
     """A number that has changed once is one that the graph leaves open, and so is a dimension."""
     function, make = functional_losses()[name]
     torch._dynamo.reset()
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    backend = "aot_eager" if name in OPERATORS else "eager"
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
     for n, beta, share in [(2, 0.1, 0.0), (3, 0.2, 0.1), (5, 0.35, 0.2)][1 if dynamic else 0 :]:
         tensors = make(n)
 

@@ -631,15 +631,15 @@ def test_readers_while_another_process_prunes(tmp_path):
 
 @pytest.mark.slow
 def test_a_million_rows_are_pruned_without_a_step_of_python_for_each(tmp_path):
-    """1,000 shards of 1,000 rows, every tenth row twice."""
+    """200 shards of 5,000 rows, every tenth row twice."""
     draw = np.random.default_rng(3)
-    keys = np.frombuffer(draw.bytes(16 * 1_000_000), np.uint8).reshape(1000, 1000, 16).copy()
+    keys = np.frombuffer(draw.bytes(16 * 1_000_000), np.uint8).reshape(200, 5000, 16).copy()
     keys[1:, ::10] = keys[:-1, ::10]
     folder = tmp_path / "c"
     cache = ReferenceCache(folder, FINGERPRINT, per_token=False)
     cache.create()
     for number, part in enumerate(keys):
-        sums, tokens = -draw.exponential(size=1000), np.full(1000, 7)
+        sums, tokens = -draw.exponential(size=5000), np.full(5000, 7)
         with open(folder / f"shard-{number:020d}-0.parquet", "wb") as file:
             shard_module.write_shard(file, cache.kind, part, tokens, sums)
     different = len(np.unique(keys.reshape(-1, 16), axis=0))

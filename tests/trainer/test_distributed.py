@@ -1,5 +1,6 @@
 """Two gloo processes give the curve of one at the same global batch."""
 
+import functools
 import json
 
 import pyarrow.parquet as pq
@@ -18,12 +19,18 @@ def curve(folder, processes, **options):
     return json.loads((folder / "curve.json").read_text()), passes
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The curve of one process, with some options; each is run once."""
+    return functools.cache(lambda **options: curve(tmp_path_factory.mktemp("alone") / "run", 1, **options)[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["online", "precompute", "own_disk"])
-def test_two_processes_train_as_one(tmp_path, reference):
+def test_two_processes_train_as_one(tmp_path, alone, reference):
     precompute = reference == "precompute"
     options = {"own_disk": True} if reference == "own_disk" else {"precompute_ref_log_probs": precompute}
-    (one, _), (two, _) = (curve(tmp_path / str(n), n, **options) for n in (1, 2))
+    one, (two, _) = alone(), curve(tmp_path / "2", 2, **options)
     assert len(one) == 4
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-4)
@@ -56,12 +63,12 @@ SYSTEMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_two_processes_take_as_many_passes_and_train_as_one(tmp_path, system):
+def test_two_processes_take_as_many_passes_and_train_as_one(tmp_path, alone, system):
     """With batches cut by tokens and accumulated; the weights whole, or sharded over the two."""
     if system == "zero3":
         pytest.importorskip("deepspeed")
     options = {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2, "num_train_epochs": 2}
-    whole, _ = curve(tmp_path / "whole", 1, max_tokens_per_microbatch=10**6, **options)
+    whole = alone(max_tokens_per_microbatch=10**6, **options)
     cut, passes = curve(tmp_path / "cut", 2, max_tokens_per_microbatch=70, **options, **SYSTEMS[system])
     assert json.loads((tmp_path / "cut" / "system.json").read_text()) == system
     assert len(whole) == 4
@@ -71,11 +78,10 @@ def test_two_processes_take_as_many_passes_and_train_as_one(tmp_path, system):
 
 
 @pytest.mark.slow
-def test_sharded_in_bfloat16(tmp_path):
+def test_sharded_in_bfloat16(tmp_path, alone):
     """Sharding casts what goes into and comes out of a model: not the batch, its references, or the loss."""
     options = {"bf16": True, "precompute_ref_log_probs": True}
-    exact, _ = curve(tmp_path / "exact", 1, **options | {"bf16": False})
-    whole, _ = curve(tmp_path / "whole", 1, **options)
+    exact, whole = alone(), alone(**options)
     sharded, _ = curve(tmp_path / "sharded", 2, **options, **SYSTEMS["fsdp2"])
     assert json.loads((tmp_path / "sharded" / "system.json").read_text()) == "fsdp2"
     for number, name in enumerate(("loss", "grad_norm", "rewards/margins", "logps/chosen")):

@@ -13,7 +13,7 @@ from tiny import in_double_precision, tiny_model, word_tokenizer
 import fastdpo
 import fastdpo.trainer
 
-STEPS, BATCH, MAX_LENGTH = 10, 4, 16
+STEPS, BATCH, MAX_LENGTH = 6, 4, 16  # an epoch and a half of 16 rows
 WORDS = ["a", "b", "c", "d", "e", "yes", "no", "why", "hello"]
 # Times; and transformers' estimate of FLOPs by the number of elements in a batch, whatever they are.
 NOT_COMPARED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "total_flos")
@@ -143,9 +143,13 @@ class Runs:
         self.folder, self.output, self.kept = folder, output, {}
 
     def load(self):
-        from transformers import AutoModelForCausalLM
+        """The model, as from_pretrained gives it now: in float64 or not."""
+        from transformers import AutoModelForCausalLM, PreTrainedModel
 
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32")
+        key = "model", PreTrainedModel.from_pretrained.__name__
+        if key not in self.kept:
+            self.kept[key] = AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32")
+        return copy.deepcopy(self.kept[key])
 
     def config(self, library, kind="DPO", *, own=None, **options):
         """`own`: options that only ours has."""
