@@ -42,7 +42,7 @@ def measured(problem, variants):
 def test_kernel_benchmark_runs_at_toy_size(tmp_path):
     words = ["--tiny", "--only", "fastdpo", "eager", "--results", tmp_path]
     out = processes.run_script("benchmarks/kernels/logprobs.py", *words, folder=tmp_path)
-    (written,) = tmp_path.glob("*/tiny.json")
+    (written,) = tmp_path.glob("*/tiny_fastdpo_eager.json")
     record = json.loads(written.read_text())
     assert {"device", "versions", "commit", "date"} <= set(record)
     assert record["complete"] and record["problems"] == []
