@@ -57,6 +57,17 @@ def instructions(before: dict[Any, Any], after: dict[Any, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def documented(target: str, kernel: str, variant: str) -> str | None:
+    """Instructions an element as the page has them; None where it has none, or has those of another Triton."""
+    text = PAGE.read_text()
+    if (kernel, variant) not in ROWS or target not in TARGETS or f"triton {version('triton')}.\n" not in text:
+        return None
+    line = next(
+        line for line in text.splitlines() if line.startswith(f"| {ROWS[kernel, variant][0]} | ") and "→" in line
+    )
+    return line.split(" | ")[1 + TARGETS.index(target)].removesuffix(" |").split("→ ")[1]
+
+
 def resources(after: dict[Any, Any]) -> str:
     lines = [
         "| on sm_90 | registers | spills | barriers in the loop | exponentials and divisions an element |",

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from checkout import load
 from processes import environment, run
 
 pytest.importorskip("triton")
@@ -13,6 +14,7 @@ if torch.cuda.is_available():
     pytest.skip("the GPU that is here compiles what it runs", allow_module_level=True)
 from fastdpo_kernels import gather_kv, row, token_logprobs
 
+page = load("docs/kernels.py")
 GATHER_TILE = {"gather": gather_kv.FORWARD_TILE, "gather backward": gather_kv.BACKWARD_TILE}
 # Of which of the eight combinations (see compile_ahead.variants) all variants are made: all of them for Hopper, those
 # of bfloat16 without edges for Blackwell, and those that need the most registers for every target; and how many kernels
@@ -94,6 +96,8 @@ def check_row_kernel(found, size, gpu):
         assert found["special"] <= (3.2 if softcap else 1.1), found
     if gpu in ("sm_90", "sm_100") and "bfloat16" in found["variant"] and "other rows" not in found["variant"]:
         assert found["instructions"] <= INSTRUCTIONS[found["kernel"], stats, softcap], found
+    if (documented := page.documented(gpu, found["kernel"], found["variant"])) is not None:
+        assert f"{found['instructions']:.1f}" == documented, "run: python docs/kernels.py"
 
 
 def check_gather(found, bytes_of_thread):
