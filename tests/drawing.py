@@ -43,3 +43,10 @@ def pairwise(*values):
         left -= pairs(best)
         chosen.append(best)
     return [tuple(each[place] for each, place in zip(values, choice, strict=True)) for choice in sorted(chosen)]
+
+
+def in_turn(values, others):
+    """(value, other) of each of `values` with one of `others`, these in turn, and of the first value with all."""
+    values, others = list(values), list(others)
+    first = [(values[0], other) for other in others]
+    return first + [(value, others[i % len(others)]) for i, value in enumerate(values) if i]

@@ -166,8 +166,8 @@ def gather_launch(heads: tuple[int, int, int], rows: tuple[int, int, bool], dtyp
 
 
 def gather_variants(whole: Sequence[int]) -> Iterator[tuple[dict[str, Any], Any]]:
-    """As `variants`, where anything is whole; the heads that need the most registers are the last."""
-    for heads, dtype in itertools.product(HEADS if whole else HEADS[-1:], (torch.bfloat16, torch.float32)):
+    """As `variants`, where most is whole; the heads that need the most registers are the last."""
+    for heads, dtype in itertools.product(HEADS if len(whole) > 4 else HEADS[-1:], (torch.bfloat16, torch.float32)):
         launches = [gather_launch(heads, rows, dtype) for rows in GATHERS]
         for kernel, compiled in launches[0].items():
             name = f"{str(dtype).removeprefix('torch.')} {' '.join(map(str, heads))}"

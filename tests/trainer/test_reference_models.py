@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from drawing import in_turn, pairwise
 from tiny import naive_sequence_logps, random_rows, tiny_model
 from trainer_runs import losses_of, trainer
 from transformers import TrainerCallback, set_seed
@@ -129,8 +130,7 @@ NEW = {
 }
 
 
-@HOW
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name, how", in_turn(NEW, ["online", "cache"]))
 def test_a_new_adapter_is_switched_off(tmp_path, how, name):
     run = run_of(tmp_path, tiny_model(), how, peft_config=lora(**NEW[name]))
     assert run._reference.kind == "adapters off" and run.ref_model is None
@@ -187,8 +187,7 @@ LEARNT = {
 }
 
 
-@HOW
-@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("name, how", in_turn(LEARNT, ["online", "cache"]))
 def test_an_adapter_that_has_learnt_something_is_copied(tmp_path, how, name):
     options = dict(LEARNT[name])
     model = learnt(tiny_model(**options.pop("model", {})), **options)
@@ -239,9 +238,9 @@ def test_an_adapter_that_has_learnt_nothing_is_not_copied(tmp_path, how):
     assert_same_run(run, plain, tiny_model())
 
 
-@HOW
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
-@pytest.mark.parametrize("given", ["config", "model"])
+@pytest.mark.parametrize(
+    "how, start, given", pairwise(["online", "cache"], ["pissa", "pissa_niter_4", "olora"], ["config", "model"])
+)
 def test_an_adapter_that_changes_its_base(tmp_path, how, start, given):
     """The policy is at first what the model was, and its base alone is not."""
     if given == "config":
@@ -368,9 +367,7 @@ TIED = {
 }
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("state", ["new", "learnt"])
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("name, state, tied", pairwise(list(TIED), ["new", "learnt"], [True, False]))
 def test_embeddings_and_head_that_are_trained_whole(tmp_path, name, state, tied):
     """Of a PeftModel; the original head of tied weights is no parameter of its own."""
     base = tiny_model(tie_word_embeddings=tied)
