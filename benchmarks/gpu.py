@@ -126,6 +126,7 @@ PARTS: dict[str, dict[str, Part]] = {
         "step": Part((STEP,), 130, last=63, dry=(STEP, "--tiny", "--shapes", "hh")),
         "trainer": Part(("benchmarks/step/trainer_gpu.py",), 110, last=40),
         "reference": Part(("benchmarks/reference/precompute_gpu.py",), 88, last=22),
+        "tune": Part(("benchmarks/kernels/rows.py", "--tune"), 90, named=True),
         # With the second set of wheels, in what time is left.
         "quack": Part(("benchmarks/kernels/logprobs.py", "--only", "fastdpo", "quack"), 190, last=56, named=True),
     },

@@ -2,13 +2,16 @@
 
     python benchmarks/kernels/rows.py             on a GPU: 16384 rows of 128256 and of 50257 logits, bfloat16
     python benchmarks/kernels/rows.py --tiny      a check of the script itself, in Triton's interpreter without a GPU
+    ... --tune                                    "per thread" with blocks of other sizes, too
     ... --results FOLDER                          also writes them, anew after every part
 
-"per thread" are the kernels of `fastdpo_kernels`, "per row" those of `block_kernels`. Time is the median of interleaved
-runs; GB/s counts the fewest bytes: a read of the logits forward, a read and a write backward and in the one pass. The
-ceiling is a copy on the same device just before. The one pass overwrites its logits and runs again on what it has
-written, whose cost is the same; it is checked on fresh ones. A time is given only where the numbers agree with float64
-ones in the same run. Exit code 1 where the numbers of "per thread" disagree, or differ between two runs.
+"per thread" are the kernels of `fastdpo_kernels`, "per row" those of `block_kernels`. A thread has 32 columns of a
+block and a row 128 threads; other sizes, between which counting cannot decide, have their own names. Time is the
+median of interleaved runs; GB/s counts the fewest bytes: a read of the logits forward, a read and a write backward and
+in the one pass. The ceiling is a copy on the same device just before. The one pass overwrites its logits and runs
+again on what it has written, whose cost is the same; it is checked on fresh ones. A time is given only where the
+numbers agree with float64 ones in the same run. Exit code 1 where the numbers of "per thread" disagree, or differ
+between two runs.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "kernels")]
@@ -33,10 +37,12 @@ from common import write_result  # noqa: E402
 from timing import copy_bytes_per_second, interleaved_intervals  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from fastdpo_kernels import row as row_reader  # noqa: E402
 from fastdpo_kernels import token_logprobs, token_logprobs_grad  # noqa: E402
 
-# Functions of the module of each contestant: forward, backward, both in one pass.
-CONTESTANTS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+# Forward, backward, and both in one pass.
+Functions = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+CONTESTANTS: dict[str, Functions] = {
     "per thread": (
         token_logprobs.token_logprobs_fwd, token_logprobs.token_logprobs_bwd,
         token_logprobs_grad.token_logprobs_fwd_grad,
@@ -45,12 +51,32 @@ CONTESTANTS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..
         block_kernels.token_logprobs_fwd, block_kernels.token_logprobs_bwd, block_kernels.token_logprobs_fwd_grad,
     ),
 }  # fmt: skip
+# Blocks that have not been chosen, by counting: columns and threads.
+SIZES = {"16 columns": (16, 128), "64 columns": (64, 128), "64 threads": (32, 64), "256 threads": (32, 256)}
 KERNELS = ("forward", "forward, statistics", "backward", "one pass", "one pass, statistics")
 SOFTCAP = 30.0
 CHECKED_ROWS = 64
 
 # Of a row: given only where the numbers agree.
 FIGURES = ("ms", "spread", "bytes_per_second", "share_of_ceiling")
+
+
+def resized(columns: int, threads: int) -> Functions:
+    """The functions of "per thread" with as many columns a thread, of as many threads a row."""
+
+    def within(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            with (
+                mock.patch.multiple(row_reader, COLUMNS_OF_THREAD=columns, THREADS=threads),
+                mock.patch.object(token_logprobs, "THREADS", threads),
+                mock.patch.object(token_logprobs_grad, "THREADS", threads),
+            ):
+                return function(*args, **options)
+
+        return call
+
+    forward, backward, one_pass = map(within, CONTESTANTS["per thread"])
+    return forward, backward, one_pass
 
 
 class Case:
@@ -184,8 +210,11 @@ def report(part: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
+    if options.tune:
+        CONTESTANTS.update({name: resized(*size) for name, size in SIZES.items()})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.tiny:
         parser.error("without a GPU only --tiny runs")
@@ -205,7 +234,8 @@ def main() -> int:
         print(report(parts[-1]), flush=True)
         if options.results:
             result = {"device_type": device.type, "complete": len(parts) == len(shapes), "parts": parts}
-            written = write_result("tiny-rows" if options.tiny else "rows", result, options.results)
+            name = ("tiny-" if options.tiny else "") + ("rows_tuned" if options.tune else "rows")
+            written = write_result(name, result, options.results)
     if options.results:
         print("written to", written)
     ours = [rows["per thread"] for part in parts for rows in part["kernels"].values()]

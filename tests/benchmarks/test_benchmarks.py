@@ -102,14 +102,15 @@ def rows():
 
 @pytest.mark.slow
 def test_row_kernels_and_their_predecessors_run_at_toy_size(rows, tmp_path):
-    processes.run_script("benchmarks/kernels/rows.py", "--tiny", "--results", tmp_path, folder=tmp_path)
-    (written,) = tmp_path.glob("*/tiny-rows.json")
+    words = ["--tiny", "--tune", "--results", tmp_path]
+    processes.run_script("benchmarks/kernels/rows.py", *words, folder=tmp_path)
+    (written,) = tmp_path.glob("*/tiny-rows_tuned.json")
     record = json.loads(written.read_text())
     assert record["complete"] and [part["softcap"] for part in record["parts"]] == [None, rows.SOFTCAP]
     for part in record["parts"]:
         assert tuple(part["kernels"]) == rows.KERNELS
         for variants in part["kernels"].values():
-            assert list(variants) == list(rows.CONTESTANTS)
+            assert list(variants) == [*rows.CONTESTANTS, *rows.SIZES]
             assert all(row["numbers_agree"] and row["same_every_time"] and row["ms"] > 0 for row in variants.values())
 
 
