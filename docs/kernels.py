@@ -39,7 +39,8 @@ N, V = 16384, 128256
 
 def counted(*options: str) -> dict[tuple[str, str, str], dict[str, Any]]:
     """(target, kernel, variant) -> what compile_ahead prints of it; of the two combinations of plain bf16."""
-    command = [sys.executable, str(ROOT / "tests" / "kernels" / "compile_ahead.py"), *TARGETS, "--whole", "0", "1"]
+    script = ROOT / "tests" / "kernels" / "compile_ahead.py"
+    command = [sys.executable, str(script), *(f"{target}:0,1" for target in TARGETS)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([*command, *options], check=True, capture_output=True, text=True, env=environment)
     rows = [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,6 +1,6 @@
 """Compile the kernels for GPUs that need not be here, and print what the assembler made of each, a JSON object a line.
 
-Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/compile_ahead.py sm_90 gfx942`. With
+Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/compile_ahead.py sm_90 gfx942:0,1`. With
 `--predecessors` it is the row kernels of `benchmarks/kernels/block_kernels.py`.
 """
 
@@ -128,7 +128,7 @@ def variants(whole: Sequence[int], modules: Modules = CURRENT) -> Iterator[tuple
     combinations = itertools.product(SHAPES, (torch.bfloat16, torch.float32), (None, 30.0))
     for number, (edges, dtype, softcap) in enumerate(combinations):
         essential = number not in whole
-        if essential and (dtype, softcap) != (torch.bfloat16, 30.0):
+        if essential and (edges, dtype, softcap) != (True, torch.bfloat16, 30.0):
             continue
         cases = [(True, "in place"), (True, "one pass")]
         if dtype == torch.bfloat16:
@@ -215,18 +215,19 @@ def hip_resources(assembly: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--whole", type=int, nargs="*", default=range(8), help="see `variants`; default: all")
-    parser.add_argument("gpu", nargs="+", help="sm_90, gfx942")
+    parser.add_argument("gpu", nargs="+", help="sm_90, gfx942; with `:2,5` these combinations are whole (`variants`)")
     parser.add_argument("--predecessors", action="store_true")
     arguments = parser.parse_args()
-    for gpu in arguments.gpu:
+    for words in arguments.gpu:
+        gpu, colon, numbers = words.partition(":")
+        whole = [int(number) for number in numbers.split(",") if number] if colon else range(8)
         triton.runtime.driver.set_active(MockDriver(gpu))
-        kernels = itertools.chain(variants(arguments.whole), gather_variants(arguments.whole))
+        kernels = itertools.chain(variants(whole), gather_variants(whole))
         if arguments.predecessors:
             sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "kernels"))
             import block_kernels
 
-            kernels = variants(arguments.whole, (block_kernels, block_kernels))
+            kernels = variants(whole, (block_kernels, block_kernels))
         for what, kernel in kernels:
             asm = kernel.asm
             itemsize = None if what["kernel"].startswith("gather") else (2 if "16" in what["variant"] else 4)
