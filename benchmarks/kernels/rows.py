@@ -224,7 +224,7 @@ def main() -> int:
 
         triton_interpreter.mend()
     repeats, warmup = (2, 1) if options.tiny else (10, 3)
-    shapes = [(2, 5000, None), (2, 1031, SOFTCAP)] if options.tiny else [
+    shapes = [(1, 5000, None), (1, 1031, SOFTCAP)] if options.tiny else [
         (16384, 128256, None), (16384, 50257, None), (16384, 128256, SOFTCAP)
     ]  # fmt: skip
     ceiling = copy_bytes_per_second(device)

@@ -21,7 +21,7 @@ GATHER_TILE = {"gather": gather_kv.FORWARD_TILE, "gather backward": gather_kv.BA
 # of bfloat16 without edges for Blackwell, and those that need the most registers for every target; and how many kernels
 # that is.
 TARGETS = {
-    "sm_90": ((0, 1, 2, 4, 7), 30 + 12),
+    "sm_90": ((0, 1, 4, 6), 25 + 4),
     "sm_100": ((0, 1), 14 + 4),
     "sm_120": ((), 4 + 4),
     "gfx950": ((), 4 + 4),
