@@ -39,7 +39,7 @@ from common import device_name, write_result  # noqa: E402
 from contestants import both_sides  # noqa: E402
 from flops import ModelFlops, forward_work  # noqa: E402
 from reference_goals import GOALS  # noqa: E402
-from running import TOLERANCES, BackboneTokens, forget, make_model, told  # noqa: E402
+from running import TOLERANCES, BackboneTokens, failed, forget, make_model, told  # noqa: E402
 from step_goals import evaluate, line  # noqa: E402
 from timing import Timing, synchronize  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -153,8 +153,7 @@ def measure(part: Part, reference: Reference, rounds: int) -> dict[str, Any]:
                     row["device_seconds"] = device_seconds(run)
                 take_figures(row, Timing.of([[each] for each in times]), result["ceiling_per_second"])
         except Exception as error:  # out of memory, say; the other one is to be measured
-            status, reason = told(error)
-            row.update(dict.fromkeys(FIGURES), status=status, reason=reason)
+            failed(row, error, FIGURES)
         forget()
     relate(result)
     return result

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,12 @@ def told(error: Exception) -> tuple[str, str]:
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0][:300] if lines else ''}".rstrip(": ")
     return ("out of memory" if is_out_of_memory(error) else "failed"), reason
+
+
+def failed(row: dict[str, Any], error: Exception, figures: Iterable[str]) -> None:
+    """Notes in a contestant's row what became of it, and takes its figures out."""
+    status, reason = told(error)
+    row.update(dict.fromkeys(figures), status=status, reason=reason)
 
 
 class BackboneTokens:

@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from common import device_name, write_result  # noqa: E402
 from contestants import BETA, PACKINGS, Contestant, Contestants  # noqa: E402
 from flops import ModelFlops  # noqa: E402
-from running import TOLERANCES, forget, gradient_norm, make_model, told  # noqa: E402
+from running import TOLERANCES, failed, forget, gradient_norm, make_model, told  # noqa: E402
 from step_goals import evaluate, line, ratios  # noqa: E402
 from timing import Mark, interleaved_intervals, peak_extra_bytes, synchronize  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -121,14 +121,14 @@ def measure(part: Part, model: Any, contestants: Contestants, checkpointing: boo
         if contestant is None:
             row.update(status="not installed")
         elif isinstance(contestant, Exception):
-            failed(row, contestant)
+            failed(row, contestant, FIGURES)
         else:
             row.update(tokens=contestant.work.tokens, flops=flops(contestant.work, checkpointing))
             step = Step(model, contestant)
             try:
                 row.update(step.first())
             except Exception as error:  # out of memory, or a peer's own fault: the others are to be measured
-                failed(row, error)
+                failed(row, error, FIGURES)
             else:
                 steps[name] = step
     compare_numbers(result)
@@ -142,11 +142,6 @@ def measure(part: Part, model: Any, contestants: Contestants, checkpointing: boo
 def empty_row() -> dict[str, Any]:
     keys = ("reason", "tokens", "flops", "first_seconds", "loss", "grad_norm", "numbers_agree", *FIGURES)
     return {"status": "not measured", **dict.fromkeys(keys)}
-
-
-def failed(row: dict[str, Any], error: Exception) -> None:
-    status, reason = told(error)
-    row.update(dict.fromkeys(FIGURES), status=status, reason=reason)
 
 
 def compare_numbers(result: dict[str, Any]) -> None:
@@ -176,7 +171,7 @@ def take_times(result: dict[str, Any], steps: dict[str, Step], most_rounds: int)
     for name, timing in interleaved_intervals(steps, repeats=rounds, warmup=0).items():
         row = all_rows[name]
         if isinstance(timing, Exception):
-            failed(row, timing)
+            failed(row, timing, FIGURES)
             continue
         seconds = timing.seconds[0]
         row.update(

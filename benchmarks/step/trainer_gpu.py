@@ -46,7 +46,7 @@ import torch  # noqa: E402
 from common import write_result  # noqa: E402
 from contestants import BETA, PACKINGS, packed_work, trl_trainer, trl_work  # noqa: E402
 from flops import ModelFlops, Work  # noqa: E402
-from running import TOLERANCES, forget, gradient_norm, make_model, told  # noqa: E402
+from running import TOLERANCES, failed, forget, gradient_norm, make_model, told  # noqa: E402
 from step_goals import ratios  # noqa: E402
 from transformers import PrinterCallback, TrainerCallback  # noqa: E402
 from workloads import TRAINER_PLANS, TrainerPart, text_rows, word_tokenizer  # noqa: E402
@@ -261,7 +261,7 @@ def measure(runs: Runs, most_rounds: int, until: float, limit: float) -> dict[st
         try:
             block = runs.block(name, check=True)
         except Exception as error:  # out of memory, or a peer's own fault: the others are to be measured
-            failed(row, error)
+            failed(row, error, FIGURES)
         else:
             works[name] = block.works[steps.warm : steps.all]
             row.update(
@@ -302,7 +302,7 @@ def take_turns(
             try:
                 blocks[name].append(runs.block(name))
             except Exception as error:
-                failed(rows[name], error)
+                failed(rows[name], error, FIGURES)
                 names.remove(name)
                 blocks[name] = []
             collect(rows[name])
@@ -326,11 +326,6 @@ def collect(row: dict[str, Any]) -> None:
 def empty_row() -> dict[str, Any]:
     keys = ("reason", "tokens", "flops", "losses", "grad_norms", "numbers_agree", *FIGURES)
     return {"status": "not measured", **dict.fromkeys(keys)}
-
-
-def failed(row: dict[str, Any], error: Exception) -> None:
-    status, reason = told(error)
-    row.update(dict.fromkeys(FIGURES), status=status, reason=reason)
 
 
 def compare_numbers(result: dict[str, Any]) -> None:
